@@ -1,0 +1,32 @@
+"""Names of the implementations, and the lazily imported modules behind them.
+
+A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None), ``forward`` and
+``backward``; to add one, add its folder and its line in ``KERNELS``.
+"""
+
+from __future__ import annotations
+
+import importlib
+from types import ModuleType
+
+KERNELS = ("triton",)  # fastest first
+REFERENCE = "reference"
+
+
+def load(name: str) -> ModuleType:
+    """Import the backend ``name``; ImportError if what it needs is not installed."""
+    return importlib.import_module(f".{name}", __name__)
+
+
+def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:
+    """Why ``name`` cannot serve ``call``, or None if it can. ``automatic`` adds what "auto" holds against it."""
+    if name == REFERENCE:
+        return None
+    try:
+        backend = load(name)
+    except ImportError as error:
+        return f"{error}"
+    reason = backend.supports(call)
+    if reason is None and automatic and call.q.device.type == "cpu":
+        return "on a CPU Triton's interpreter is for tests; auto takes the reference"
+    return reason

@@ -1,0 +1,2 @@
+def supports(call):
+    return "not built yet"

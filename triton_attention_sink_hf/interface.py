@@ -1,0 +1,172 @@
+"""``attention_sink``: the one public function. It validates, chooses an implementation, and calls it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .implementations import KERNELS, REFERENCE, unsupported_reason
+from .masks import Mask
+from .reference import reference_attention
+from .validation import check_call
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """Which implementation serves a call, and why each of the others does not.
+
+    Attributes:
+        implementation: the name that ``implementation="auto"`` takes.
+        reasons: name -> None if it could serve the call, else the reason why not; fastest first.
+    """
+
+    implementation: str
+    reasons: dict[str, str | None]
+
+    def __str__(self) -> str:
+        lines = [f"{self.implementation} serves this call"]
+        lines += [f"  {name}: {reason or 'supported'}" for name, reason in self.reasons.items()]
+        return "\n".join(lines)
+
+
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    deterministic: bool | None = None,
+    return_lse: bool = False,
+    implementation: str = "auto",
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Exact attention with one learned sink logit per query head, differentiable in q, k, v, sinks and through lse.
+
+    For a query row with visible scores x_j = softmax_scale * q.k_j and sink logit s (natural log, unscaled):
+    lse = log(sum_j exp(x_j) + exp(s)) and out = sum_j exp(x_j - lse) v_j. A row that sees no key gives out = 0 and
+    lse = s (-inf without a sink).
+
+    Args:
+        q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
+        k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
+        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: multiples of 8 from 16 to 256.
+        sinks: (Hq,), any floating dtype; None = no sink.
+        causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.
+        window_size: (left, right) keys beside the query's position, -1 = unlimited.
+            Hugging Face's ``sliding_window=W`` is ``(W - 1, 0)``.
+        softmax_scale: factor on the scores; default D ** -0.5.
+        softcap: c > 0 replaces a score x by c * tanh(x / c).
+        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), first row of each packed segment, starting at 0. Rows past the
+            last entry see nothing.
+        max_seqlen_q, max_seqlen_k: accepted for flash-attn's callers; the kernels do not need them.
+        key_padding_mask: bool (B, Sk), True = real key.
+        seqused_k: int32 (B,), keys in use of a longer cache; causality is aligned to them.
+        deterministic: None follows ``torch.are_deterministic_algorithms_enabled()``.
+        return_lse: also return lse, (B, Hq, Sq) or packed (Hq, Tq), fp32, natural log, sink included.
+        implementation: "auto" (the fastest that supports the call) or a name, which then runs or raises.
+
+    Returns:
+        out (B, Sq, Hq, Dv) or (Tq, Hq, Dv) in q's dtype; or (out, lse).
+
+    Raises:
+        ValueError, TypeError: an argument that cannot be honoured, before any kernel starts.
+    """
+    call = _prepare(
+        q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
+    )  # fmt: skip
+    name = _choose(call, implementation)
+    if name == REFERENCE:
+        out, lse = reference_attention(
+            call.q, call.k, call.v, sinks, call.mask, softmax_scale=call.softmax_scale, softcap=call.softcap
+        )
+    else:
+        from .ops import attention_op
+
+        out, lse = attention_op(call, name)
+    if call.mask.packed:
+        out, lse = out.squeeze(0), lse.squeeze(0)
+    return (out, lse) if return_lse else out
+
+
+def explain(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = None,
+    *,
+    causal: bool = True,
+    window_size: tuple[int, int] = (-1, -1),
+    softmax_scale: float | None = None,
+    softcap: float = 0.0,
+    cu_seqlens_q: Tensor | None = None,
+    cu_seqlens_k: Tensor | None = None,
+    max_seqlen_q: int | None = None,
+    max_seqlen_k: int | None = None,
+    key_padding_mask: Tensor | None = None,
+    seqused_k: Tensor | None = None,
+    deterministic: bool | None = None,
+) -> Explanation:
+    """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
+    call = _prepare(
+        q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
+        max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
+    )  # fmt: skip
+    reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
+    return Explanation(_choose(call, "auto"), reasons)
+
+
+def _prepare(
+    q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
+    max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
+) -> Call:  # fmt: skip
+    q, k, v = _autocast(q, k, v)
+    check_call(
+        q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic,
+    )  # fmt: skip
+    if softmax_scale is None:
+        softmax_scale = q.shape[-1] ** -0.5
+    if cu_seqlens_q is not None:
+        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+    mask = Mask(window_size[0], 0 if causal else window_size[1], cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
+    return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic)
+
+
+def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+    """Follow torch.autocast as scaled_dot_product_attention does: fp32, fp16 and bf16 go to the autocast dtype."""
+    if not all(isinstance(x, Tensor) for x in tensors):
+        return tensors
+    device = tensors[0].device.type
+    if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+        return tensors
+    dtype = torch.get_autocast_dtype(device)
+    lower = (torch.float32, torch.float16, torch.bfloat16)
+    return tuple(x.to(dtype) if x.dtype in lower else x for x in tensors)
+
+
+def _choose(call: Call, implementation: str) -> str:
+    names = (*KERNELS, REFERENCE)
+    if implementation == "auto":
+        return next(name for name in names if unsupported_reason(name, call, automatic=True) is None)
+    if implementation not in names:
+        raise ValueError(f"implementation must be one of {('auto', *names)}, got {implementation!r}")
+    reason = unsupported_reason(implementation, call)
+    if reason is not None:
+        raise ValueError(f"implementation must be one that supports this call, got {implementation!r}: {reason}")
+    return implementation

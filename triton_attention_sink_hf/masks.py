@@ -1,0 +1,64 @@
+"""What a query may see: one frozen description that every implementation reads.
+
+Queries and keys of one batch row (or one packed segment) are aligned at their *last* elements, as in
+flash-attn 2.1+: query ``i`` of ``Sq`` stands at key position ``i + Sk - Sq``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Mask:
+    """Visibility of keys for queries. ``left`` and ``right`` count keys beside the query's own position.
+
+    Attributes:
+        left: keys before the query's position that it sees; -1 = all of them.
+        right: keys after it; -1 = all of them, 0 = causal.
+        cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), first row of each packed segment; rows past the last entry
+            belong to no segment and see nothing. Entries may repeat (empty segments).
+        key_padding_mask: bool (B, Sk), True = real key.
+        seqused_k: int32 (B,), keys in use; later slots are hidden, and the alignment is to this length.
+    """
+
+    left: int = -1
+    right: int = -1
+    cu_seqlens_q: Tensor | None = None
+    cu_seqlens_k: Tensor | None = None
+    key_padding_mask: Tensor | None = None
+    seqused_k: Tensor | None = None
+
+    @property
+    def packed(self) -> bool:
+        return self.cu_seqlens_q is not None
+
+    def dense(self, seqlen_q: int, seqlen_k: int, device: torch.device) -> Tensor:
+        """Visibility as bool (B or 1, Sq, Sk); True = the query sees the key. Quadratic: for the oracle and tests."""
+        i = torch.arange(seqlen_q, device=device)[None, :, None]
+        j = torch.arange(seqlen_k, device=device)[None, None, :]
+        if self.packed:
+            cu_q, cu_k = self.cu_seqlens_q.long(), self.cu_seqlens_k.long()
+            segment_q = torch.searchsorted(cu_q[1:], i.flatten(), right=True)
+            segment_k = torch.searchsorted(cu_k[1:], j.flatten(), right=True)
+            n = cu_q.numel() - 1
+            visible = (segment_q[:, None] == segment_k[None, :]) & (segment_q < n)[:, None]
+            visible = visible[None]
+            shift = torch.cat([cu_k[1:] - cu_q[1:], cu_q.new_zeros(1)])[segment_q][None, :, None]
+        else:
+            visible = torch.ones(1, seqlen_q, seqlen_k, dtype=torch.bool, device=device)
+            shift = seqlen_k - seqlen_q
+            if self.seqused_k is not None:
+                used = self.seqused_k.long().clamp(0, seqlen_k)[:, None, None]
+                shift = used - seqlen_q
+                visible = visible & (j < used)
+        if self.left >= 0:
+            visible = visible & (j >= i + shift - self.left)
+        if self.right >= 0:
+            visible = visible & (j <= i + shift + self.right)
+        if self.key_padding_mask is not None:
+            visible = visible & self.key_padding_mask[:, None, :]
+        return visible

@@ -1,0 +1,165 @@
+"""Checks that hold for every implementation. They only raise; limits of one backend live in its ``supports``."""
+
+from __future__ import annotations
+
+import math
+import os
+
+import torch
+from torch import Tensor
+
+DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+CHECK_VARIABLE = "TRITON_ATTENTION_SINK_CHECK"
+
+
+def check_call(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    *,
+    causal: bool,
+    window_size: tuple[int, int],
+    softmax_scale: float | None,
+    softcap: float,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    key_padding_mask: Tensor | None,
+    seqused_k: Tensor | None,
+    deterministic: bool | None,
+) -> None:
+    """Raise TypeError or ValueError, "NAME must be X, got Y", for a call that no implementation could honour."""
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    _check_tensors(q, k, v, packed)
+    batch, heads, seqlen_k = (1 if packed else q.shape[0]), q.shape[-2], k.shape[-3]
+    if sinks is not None:
+        _check_tensor("sinks", sinks, q.device)
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
+        if tuple(sinks.shape) != (heads,):
+            raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}")
+    for name, value in (("causal", causal), ("deterministic", deterministic)):
+        if not isinstance(value, bool) and not (name == "deterministic" and value is None):
+            raise TypeError(f"{name} must be a bool, got {value!r}")
+    _check_window(window_size)
+    if softmax_scale is not None:
+        _check_number("softmax_scale", softmax_scale)
+    _check_number("softcap", softcap)
+    if softcap < 0:
+        raise ValueError(f"softcap must be >= 0, got {softcap}")
+    if packed:
+        for name, value in (("key_padding_mask", key_padding_mask), ("seqused_k", seqused_k)):
+            if value is not None:
+                raise ValueError(f"{name} must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
+        _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+    if key_padding_mask is not None:
+        _check_tensor("key_padding_mask", key_padding_mask, q.device)
+        if key_padding_mask.dtype != torch.bool:
+            raise TypeError(f"key_padding_mask must be torch.bool (True = real token), got {key_padding_mask.dtype}")
+        if tuple(key_padding_mask.shape) != (batch, seqlen_k):
+            raise ValueError(
+                f"key_padding_mask must be (B, Sk) = ({batch}, {seqlen_k}), got {tuple(key_padding_mask.shape)}"
+            )
+    if seqused_k is not None:
+        _check_int32_vector("seqused_k", seqused_k, q.device)
+        if seqused_k.shape[0] != batch:
+            raise ValueError(f"seqused_k must be (B,) = ({batch},), got {tuple(seqused_k.shape)}")
+        if _readable(seqused_k):
+            low, high = int(seqused_k.min()), int(seqused_k.max())
+            if low < 0 or high > seqlen_k:
+                raise ValueError(f"seqused_k must be between 0 and Sk = {seqlen_k}, got {low}..{high}")
+
+
+def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
+    if not isinstance(value, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if device is not None and value.device != device:
+        raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
+
+
+def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    layout = "(T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        _check_tensor(name, x, None if name == "q" else q.device)
+        if x.dtype not in DTYPES:
+            raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
+        if x.dtype != q.dtype:
+            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
+        if x.dim() != (3 if packed else 4):
+            raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
+    for name, x in (("q", q), ("v", v)):
+        size = x.shape[-1]
+        if size < 16 or size > 256 or size % 8:
+            raise ValueError(f"{name}'s head dimension must be a multiple of 8 from 16 to 256, got {size}")
+    if k.shape[-1] != q.shape[-1]:
+        raise ValueError(f"k's head dimension must be q's {q.shape[-1]}, got {k.shape[-1]}")
+    if k.shape[:-1] != v.shape[:-1]:
+        raise ValueError(f"v must be {tuple(k.shape[:-1])} + (Dv,) as k, got {tuple(v.shape)}")
+    if not packed and k.shape[0] != q.shape[0]:
+        raise ValueError(f"k's batch must be q's {q.shape[0]}, got {k.shape[0]}")
+    if q.shape[-2] == 0 or k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
+        raise ValueError(f"q's heads must be a multiple of k's heads, got {q.shape[-2]} and {k.shape[-2]}")
+
+
+def _check_window(window_size: tuple[int, int]) -> None:
+    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
+        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    for side in window_size:
+        if isinstance(side, bool) or not isinstance(side, (int, torch.SymInt)):
+            raise TypeError(f"window_size must be a pair of ints, got {window_size!r}")
+        if side < -1:
+            raise ValueError(f"window_size must be >= -1 on both sides (-1 = unlimited), got {window_size!r}")
+
+
+def _check_number(name: str, value: object) -> None:
+    if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__}")
+    if isinstance(value, (int, float)) and not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def _check_int32_vector(name: str, value: object, device: torch.device) -> None:
+    _check_tensor(name, value, device)
+    if value.dtype != torch.int32:
+        raise TypeError(f"{name} must be torch.int32, got {value.dtype}")
+    if value.dim() != 1:
+        raise ValueError(f"{name} must have one dimension, got shape {tuple(value.shape)}")
+
+
+def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k) -> None:
+    sides = (("q", cu_seqlens_q, q.shape[0], max_seqlen_q), ("k", cu_seqlens_k, k.shape[0], max_seqlen_k))
+    for side, cu, total, max_seqlen in sides:
+        name = f"cu_seqlens_{side}"
+        if cu is None:
+            raise ValueError(f"{name} must be given when the other cu_seqlens is, got None")
+        _check_int32_vector(name, cu, q.device)
+        if cu.numel() < 2:
+            raise ValueError(f"{name} must be (N + 1,) with N >= 1, got {tuple(cu.shape)}")
+        if max_seqlen is not None and (
+            isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt, Tensor))
+        ):
+            raise TypeError(f"max_seqlen_{side} must be an int, got {max_seqlen!r}")
+        if not _readable(cu):
+            continue
+        lengths = cu.diff()
+        if int(cu[0]) != 0:
+            raise ValueError(f"{name} must start at 0, got {int(cu[0])}")
+        if bool((lengths < 0).any()):
+            raise ValueError(f"{name} must not decrease, got {cu.tolist()[:16]}")
+        if int(cu[-1]) > total:
+            raise ValueError(f"{name} must end at or before T = {total}, got {int(cu[-1])}")
+        if max_seqlen is not None and int(max_seqlen) < int(lengths.max()):
+            raise ValueError(f"max_seqlen_{side} must be >= the longest segment {int(lengths.max())}, got {max_seqlen}")
+    if cu_seqlens_q.shape != cu_seqlens_k.shape:
+        raise ValueError(
+            f"cu_seqlens_k must have cu_seqlens_q's shape {tuple(cu_seqlens_q.shape)}, got {tuple(cu_seqlens_k.shape)}"
+        )
+
+
+def _readable(x: Tensor) -> bool:
+    """Whether reading x's values costs no device synchronisation, or the user asked for the checks anyway."""
+    if torch.compiler.is_compiling():
+        return False
+    return x.device.type == "cpu" or os.environ.get(CHECK_VARIABLE) == "1"
