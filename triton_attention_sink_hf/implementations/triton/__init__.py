@@ -1,2 +1,61 @@
-def supports(call):
-    return "not built yet"
+"""Portable Triton: every feature of the interface, every GPU that Triton compiles for, and its interpreter."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+try:
+    import triton
+except ImportError as error:
+    raise ImportError(f"triton must be installed for the Triton kernels ({error})") from error
+
+from ...call import Call
+from .backward import launch_backward
+from .forward import launch_forward
+from .launch import Problem
+
+_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def supports(call: Call) -> str | None:
+    """Why these kernels cannot serve ``call``; None if they can."""
+    q = call.q
+    if q.dtype not in _DTYPES:
+        return f"the Triton kernels take bfloat16, float16 or float32, got {q.dtype}"
+    interpreted = triton.knobs.runtime.interpret
+    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+        return f"the Triton kernels need a GPU (or TRITON_INTERPRET=1 on a CPU), got device {q.device}"
+    for name, x in (("q", q), ("k", call.k), ("v", call.v)):
+        # inside a tile of at most 128 rows offsets are 32-bit
+        if max(x.stride(1), x.stride(2)) * 128 + x.stride(3) * 256 >= 2**31:
+            return f"{name}'s strides must stay below 2 ** 24 elements, got {tuple(x.stride())}"
+    return None
+
+
+def forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32."""
+    if out.numel():
+        launch_forward(Problem(call), out, lse)
+
+
+def backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dsinks: Tensor | None,
+) -> None:
+    """Write dq, and dk, dv (inputs' dtypes) and dsinks (Hq,) fp32 where given."""
+    if out.numel() and call.k.numel():
+        launch_backward(Problem(call), out, lse, dout, dlse, dq, dk, dv, dsinks)
+        return
+    for gradient in (dq, dk, dv):
+        if gradient is not None:
+            gradient.zero_()
+    if dsinks is not None:  # no keys: out = 0 and lse = sink, so only dlse reaches it
+        dsinks.copy_(dlse.sum((0, 2)) if dlse is not None else torch.zeros_like(dsinks))

@@ -1,0 +1,335 @@
+"""Portable backward in two kernels, each in a fixed order, without atomics and without a workspace but delta.
+
+dq: one program per tile of query rows. It takes delta = rowsum(dout * out) - dlse on the way, stores it for the second
+kernel, and leaves per-tile sums of the sink's gradient.
+dk, dv: one program per tile of keys; it loops over the queries of the whole group of heads, so grouped heads need
+neither atomics nor copies.
+
+With P = exp(x - lse), dP = dout v^T: dS = P (dP - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T dout, and
+dsink = -sum over rows of exp(sink - lse) delta.
+"""
+
+import torch
+import triton
+import triton.language as tl
+
+from .config import dkv_config, dq_config
+from .launch import Problem, strides
+from .masks import key_interval, query_interval, tile_plan
+from .primitives import LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+
+
+@triton.jit
+def _probabilities(s, softmax_scale, softcap, lse2, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
+    """P = exp(x - lse) and dx/ds of the softcap, from raw scores; lse2 is lse in base 2, broadcast to s."""
+    if PRESCALE:
+        x = s * softmax_scale
+        slope = 1.0
+        if HAS_SOFTCAP:
+            x = cap(x, softcap)
+            slope = 1.0 - (x / softcap) * (x / softcap)
+        return tl.exp2(x * LOG2E - lse2), slope
+    return tl.exp2(s * (softmax_scale * LOG2E) - lse2), 1.0
+
+
+@triton.jit
+def _dq_step(
+    dq, row_sum, q, dout, lse2, delta, k_ptr, v_ptr, padding_ptr, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
+    HAS_SINK: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr,
+    MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    cols = tl.arange(0, BLOCK_N)
+    j = n0 + cols
+    k = load_tile(
+        k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < seqlen_k, stride_kd, D, BLOCK_D, CHECK=MASKED
+    )
+    v = load_tile(
+        v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < seqlen_k, stride_vd, DV, BLOCK_DV, CHECK=MASKED
+    )
+    p, slope = _probabilities(matmul(q, k.T), softmax_scale, softcap, lse2[:, None], PRESCALE, HAS_SOFTCAP)
+    if MASKED:
+        visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+        if HAS_PADDING:
+            real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < seqlen_k, other=0)
+            visible = visible & (real != 0)[None, :]
+        p = tl.where(visible, p, 0.0)
+    ds = p * (matmul(dout, v.T) - delta[:, None])
+    if HAS_SINK:
+        row_sum += tl.sum(ds, 1)
+    if HAS_SOFTCAP:
+        ds = ds * slope
+    return matmul(ds.to(k.dtype), k, dq), row_sum
+
+
+@triton.jit
+def _attn_bwd_dq_kernel(
+    q_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr, dsink_ptr,
+    ranges_ptr, padding_ptr, seqused_ptr,
+    softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
+    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od,
+    stride_dob, stride_dot, stride_doh, stride_dod, stride_dqb, stride_dqt, stride_dqh, stride_dqd,
+    stride_dlb, stride_dlh, stride_dlt, stride_pb, stride_pt,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
+    PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = BLOCK_M // PACK
+    chunks = heads_q // PACK
+    tiles = tl.cdiv(seqlen_q, TOKENS)
+    tile = tiles - 1 - tl.program_id(0) // (chunks * batch)  # as in the forward
+    rest = tl.program_id(0) % (chunks * batch)
+    b = rest // chunks
+    head = rest % chunks * PACK
+    head_k = head // (heads_q // heads_k)
+    token = tile * TOKENS
+
+    rows = tl.arange(0, BLOCK_M)
+    i = token + rows // PACK
+    heads = head + rows % PACK
+    valid = i < seqlen_q
+    lo, hi = query_interval(
+        i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_first, hi_first = query_interval(
+        token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_last, hi_last = query_interval(
+        token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+    )  # fmt: skip
+    edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
+
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q = load_tile(q_base, row_offsets(rows, token, stride_qt, stride_qh, PACK), valid, stride_qd, D, BLOCK_D, CHECK=True)
+    dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
+    dout_rows = row_offsets(rows, token, stride_dot, stride_doh, PACK)
+    dout = load_tile(dout_base, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=True)
+    out_base = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    out_rows = row_offsets(rows, token, stride_ot, stride_oh, PACK)
+    out = load_tile(out_base, out_rows, valid, stride_od, DV, BLOCK_DV, CHECK=True)
+    statistic = (b * heads_q + heads).to(tl.int64) * seqlen_q + i
+    lse2 = tl.load(lse_ptr + statistic, mask=valid, other=0.0) * LOG2E
+    delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
+    if HAS_DLSE:
+        dlse_rows = b.to(tl.int64) * stride_dlb + heads.to(tl.int64) * stride_dlh + i.to(tl.int64) * stride_dlt
+        dlse = tl.load(dlse_ptr + dlse_rows, mask=valid, other=0.0)
+        delta -= dlse
+    tl.store(delta_ptr + statistic, delta, mask=valid)
+
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
+    padding_base = padding_ptr
+    if HAS_PADDING:
+        padding_base = padding_ptr + b.to(tl.int64) * stride_pb
+    dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
+    row_sum = tl.zeros([BLOCK_M], tl.float32)
+    for e in tl.range(0, edges, num_stages=STAGES):
+        n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
+        dq, row_sum = _dq_step(
+            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, seqlen_k, lo, hi,
+            softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
+            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+    for f in tl.range(0, full, num_stages=STAGES):
+        n0 = lo_first + (before + f) * BLOCK_N
+        dq, row_sum = _dq_step(
+            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, seqlen_k, lo, hi,
+            softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
+            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+
+    dq_base = dq_ptr + b.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
+    dq_rows = row_offsets(rows, token, stride_dqt, stride_dqh, PACK)
+    store_tile(dq_base, dq_rows, valid, stride_dqd, dq * softmax_scale, D, BLOCK_D)
+    if HAS_SINK:
+        # delta above comes from the rounded out. rowsum(dS) = rowsum(P dP) - delta (1 - p_sink) with fp32 P and dP,
+        # so the sink's gradient can use the delta of the unrounded out.
+        p_sink = tl.exp2(tl.load(sink_ptr + heads).to(tl.float32) * LOG2E - lse2)
+        exact_delta = row_sum + delta * (1.0 - p_sink)
+        if HAS_DLSE:
+            exact_delta -= dlse
+        part = tl.where(valid, -p_sink * exact_delta, 0.0)
+        part = tl.sum(tl.reshape(part, [TOKENS, PACK]), 0)
+        tl.store(dsink_ptr + (b.to(tl.int64) * tiles + tile) * heads_q + head + tl.arange(0, PACK), part)
+
+
+@triton.jit
+def _dkv_step(
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, t0, seqlen_q, lo, hi, softmax_scale, softcap,
+    stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
+    PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+):  # fmt: skip
+    """Add the part of query rows from token t0 on; scores are transposed (keys, rows)."""
+    rows = tl.arange(0, BLOCK_M)
+    i = t0 + rows // PACK
+    valid = i < seqlen_q
+    q_rows = rows // PACK * stride_qt + rows % PACK * stride_qh
+    q = load_tile(q_ptr + t0.to(tl.int64) * stride_qt, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED)
+    dout_rows = rows // PACK * stride_dot + rows % PACK * stride_doh
+    dout = load_tile(dout_ptr + t0.to(tl.int64) * stride_dot, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED)
+    statistic = (rows % PACK).to(tl.int64) * seqlen_q + i
+    if MASKED:
+        lse2 = tl.load(lse_ptr + statistic, mask=valid, other=0.0) * LOG2E
+        delta = tl.load(delta_ptr + statistic, mask=valid, other=0.0)
+    else:
+        lse2 = tl.load(lse_ptr + statistic) * LOG2E
+        delta = tl.load(delta_ptr + statistic)
+    p, slope = _probabilities(matmul(k, q.T), softmax_scale, softcap, lse2[None, :], PRESCALE, HAS_SOFTCAP)
+    if MASKED:
+        visible = (i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None])
+        p = tl.where(visible, p, 0.0)
+    dv = matmul(p.to(dout.dtype), dout, dv)
+    ds = p * (matmul(v, dout.T) - delta[None, :])
+    if HAS_SOFTCAP:
+        ds = ds * slope
+    dk = matmul(ds.to(q.dtype), q, dk)
+    return dk, dv
+
+
+@triton.jit
+def _attn_bwd_dkv_kernel(
+    q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dout_ptr, dk_ptr, dv_ptr, ranges_ptr, padding_ptr, seqused_ptr,
+    softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
+    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
+    stride_dkb, stride_dkt, stride_dkh, stride_dkd, stride_dvb, stride_dvt, stride_dvh, stride_dvd, stride_pb, stride_pt,
+    HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = BLOCK_M // PACK
+    # the first key tiles first: under causality most queries see them
+    tile = tl.program_id(0) // (heads_k * batch)
+    rest = tl.program_id(0) % (heads_k * batch)
+    b = rest // heads_k
+    head_k = rest % heads_k
+    group = heads_q // heads_k
+    key = tile * BLOCK_N
+
+    cols = tl.arange(0, BLOCK_N)
+    j = key + cols
+    valid = j < seqlen_k
+    lo, hi = key_interval(
+        j, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_first, hi_first = key_interval(
+        key, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_last, hi_last = key_interval(
+        key + BLOCK_N - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+    )  # fmt: skip
+    edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=False)
+
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
+    k = load_tile(k_base, j.to(tl.int64) * stride_kt, valid, stride_kd, D, BLOCK_D, CHECK=True)
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
+    v = load_tile(v_base, j.to(tl.int64) * stride_vt, valid, stride_vd, DV, BLOCK_DV, CHECK=True)
+    dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
+    dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    for chunk in range(0, group // PACK):
+        head = head_k * group + chunk * PACK
+        q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+        dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
+        statistic = (b * heads_q + head).to(tl.int64) * seqlen_q
+        for e in tl.range(0, edges, num_stages=STAGES):
+            t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q, lo, hi,
+                softmax_scale, softcap, stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
+                PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M,
+            )  # fmt: skip
+        for f in tl.range(0, full, num_stages=STAGES):
+            t0 = lo_first + (before + f) * TOKENS
+            dk, dv = _dkv_step(
+                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q, lo, hi,
+                softmax_scale, softcap, stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
+                PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M,
+            )  # fmt: skip
+    dk = dk * softmax_scale
+    if HAS_PADDING:
+        # a hidden key's scores touch no other key's gradient, so they are dropped here instead of in the loop
+        padding_rows = b.to(tl.int64) * stride_pb + j.to(tl.int64) * stride_pt
+        real = tl.load(padding_ptr + padding_rows, mask=valid, other=0) != 0
+        dk = tl.where(real[:, None], dk, 0.0)
+        dv = tl.where(real[:, None], dv, 0.0)
+    dk_base = dk_ptr + b.to(tl.int64) * stride_dkb + head_k.to(tl.int64) * stride_dkh
+    store_tile(dk_base, j.to(tl.int64) * stride_dkt, valid, stride_dkd, dk, D, BLOCK_D)
+    dv_base = dv_ptr + b.to(tl.int64) * stride_dvb + head_k.to(tl.int64) * stride_dvh
+    store_tile(dv_base, j.to(tl.int64) * stride_dvt, valid, stride_dvd, dv, DV, BLOCK_DV)
+
+
+def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
+    """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
+    call, shared = problem.call, problem.mask_arguments()
+    config = dq_config(problem)
+    tiles = triton.cdiv(problem.seqlen_q, config.block_m // problem.pack)
+    delta = torch.empty_like(lse)
+    dsink_parts = None
+    if dsinks is not None:
+        dsink_parts = lse.new_empty(problem.batch * tiles, problem.heads_q)
+    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
+    _attn_bwd_dq_kernel[(tiles * problem.batch * (problem.heads_q // problem.pack),)](
+        q_ptr=call.q,
+        k_ptr=call.k,
+        v_ptr=call.v,
+        sink_ptr=call.sinks,
+        out_ptr=out,
+        lse_ptr=lse,
+        dout_ptr=dout,
+        dlse_ptr=dlse,
+        dq_ptr=dq,
+        delta_ptr=delta,
+        dsink_ptr=dsink_parts,
+        **shared,
+        **strides("q", call.q),
+        **strides("k", call.k),
+        **strides("v", call.v),
+        **strides("o", out),
+        **strides("do", dout),
+        **strides("dq", dq),
+        stride_dlb=dlse_strides[0],
+        stride_dlh=dlse_strides[1],
+        stride_dlt=dlse_strides[2],
+        HAS_DLSE=dlse is not None,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    if dsinks is not None:
+        torch.sum(dsink_parts, 0, out=dsinks)
+    if dk is None:
+        return
+    config = dkv_config(problem)
+    _attn_bwd_dkv_kernel[(triton.cdiv(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,)](
+        q_ptr=call.q,
+        k_ptr=call.k,
+        v_ptr=call.v,
+        lse_ptr=lse,
+        delta_ptr=delta,
+        dout_ptr=dout,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        **shared,
+        **strides("q", call.q),
+        **strides("k", call.k),
+        **strides("v", call.v),
+        **strides("do", dout),
+        **strides("dk", dk),
+        **strides("dv", dv),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,79 @@
+"""Launch numbers per architecture, each with its reason. Tuning is opt-in and ends here as data.
+
+Rows of a query tile are tokens times packed heads. Shared memory holds the query side once and the key side
+``num_stages`` times, so tiles shrink as D grows: 227 KB on sm90 and sm100, 163 on sm80, 99 on sm89 and sm120,
+64 on gfx942.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class KernelConfig:
+    """Tile sizes in rows and keys, and what Triton is told: warps per program, depth of the load pipeline."""
+
+    block_m: int
+    block_n: int
+    num_warps: int
+    num_stages: int
+
+    def __post_init__(self):
+        for name in ("block_m", "block_n", "num_warps"):
+            value = getattr(self, name)
+            if value < 1 or value & (value - 1):
+                raise ValueError(f"{name} must be a power of two, got {value}")
+        if self.num_stages < 1:
+            raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
+
+
+SMALL_SHARED_MEMORY = ("sm86", "sm89", "sm120", "sm121")
+
+
+def _size_class(problem) -> str:
+    """Tile sizes follow the bytes of one row of the wider side: up to 128 (D 64 in bf16), 256, 512, or more."""
+    width = max(problem.block_d, problem.block_dv) * problem.call.q.element_size()
+    return "narrow" if width <= 128 else "medium" if width <= 256 else "wide" if width <= 512 else "huge"
+
+
+# fp32 multiplies outside the tensor cores, where large tiles only spill: its tiles stay small everywhere.
+_FORWARD = {
+    "narrow": KernelConfig(128, 64, 4, 3),
+    "medium": KernelConfig(128, 64, 8, 2),
+    "wide": KernelConfig(64, 32, 4, 2),
+    "huge": KernelConfig(32, 16, 4, 1),
+}
+_DQ = {
+    "narrow": KernelConfig(64, 64, 4, 2),
+    "medium": KernelConfig(64, 32, 4, 2),
+    "wide": KernelConfig(32, 32, 4, 1),
+    "huge": KernelConfig(16, 16, 4, 1),
+}
+_DKV = {
+    "narrow": KernelConfig(64, 64, 4, 2),
+    "medium": KernelConfig(32, 64, 4, 2),
+    "wide": KernelConfig(32, 32, 4, 1),
+    "huge": KernelConfig(16, 16, 4, 1),
+}
+
+
+def _shrink(config: KernelConfig, problem, most_rows: int) -> KernelConfig:
+    """Fewer rows for calls with few query rows (decoding), so that a tile is not mostly padding; at least 16."""
+    block_m = config.block_m
+    while block_m > 16 and block_m // 2 >= max(most_rows, problem.pack):
+        block_m //= 2
+    return KernelConfig(block_m, config.block_n, config.num_warps, config.num_stages)
+
+
+def forward_config(problem) -> KernelConfig:
+    config = _FORWARD[_size_class(problem)]
+    return _shrink(config, problem, problem.seqlen_q * problem.pack)
+
+
+def dq_config(problem) -> KernelConfig:
+    return _shrink(_DQ[_size_class(problem)], problem, problem.seqlen_q * problem.pack)
+
+
+def dkv_config(problem) -> KernelConfig:
+    return _DKV[_size_class(problem)]

@@ -1,0 +1,153 @@
+"""Portable forward: one program per (batch row, tile of query tokens, heads of one key head), online softmax."""
+
+import triton
+import triton.language as tl
+
+from .config import forward_config
+from .launch import Problem, strides
+from .masks import query_interval, tile_plan
+from .primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+
+
+@triton.jit
+def _attend(
+    acc, l, m, q, k_ptr, v_ptr, padding_ptr, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+    stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
+    PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, MASKED: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2."""
+    cols = tl.arange(0, BLOCK_N)
+    j = n0 + cols
+    k = load_tile(
+        k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < seqlen_k, stride_kd, D, BLOCK_D, CHECK=MASKED
+    )
+    s = matmul(q, k.T)
+    if PRESCALE:
+        s = s * softmax_scale
+        if HAS_SOFTCAP:
+            s = cap(s, softcap)
+        s = s * LOG2E
+        scale = 1.0
+    else:
+        scale = softmax_scale * LOG2E
+    if MASKED:
+        visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
+        if HAS_PADDING:
+            real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < seqlen_k, other=0)
+            visible = visible & (real != 0)[None, :]
+        s = tl.where(visible, s, float("-inf"))
+    m_new = tl.maximum(m, tl.max(s, 1) * scale)
+    shift = m_new
+    if MASKED:
+        shift = tl.where(m_new == float("-inf"), 0.0, m_new)  # rows that have seen nothing yet
+    p = tl.exp2(s * scale - shift[:, None])
+    alpha = tl.exp2(m - shift)
+    l = l * alpha + tl.sum(p, 1)
+    v = load_tile(
+        v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < seqlen_k, stride_vd, DV, BLOCK_DV, CHECK=MASKED
+    )
+    acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
+    return acc, l, m_new
+
+
+@triton.jit
+def _attn_fwd_kernel(
+    q_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, ranges_ptr, padding_ptr, seqused_ptr,
+    softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
+    stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
+    stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od, stride_pb, stride_pt,
+    HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
+    HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    TOKENS: tl.constexpr = BLOCK_M // PACK
+    chunks = heads_q // PACK
+    tiles = tl.cdiv(seqlen_q, TOKENS)
+    # the last query tiles first, since causal ones see most; the heads of one tile side by side share keys in L2
+    tile = tiles - 1 - tl.program_id(0) // (chunks * batch)
+    rest = tl.program_id(0) % (chunks * batch)
+    b = rest // chunks
+    head = rest % chunks * PACK
+    head_k = head // (heads_q // heads_k)
+    token = tile * TOKENS
+
+    rows = tl.arange(0, BLOCK_M)
+    i = token + rows // PACK
+    heads = head + rows % PACK
+    valid = i < seqlen_q
+    lo, hi = query_interval(
+        i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_first, hi_first = query_interval(
+        token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_last, hi_last = query_interval(
+        token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+    )  # fmt: skip
+    edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
+
+    q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
+    q = load_tile(q_base, row_offsets(rows, token, stride_qt, stride_qh, PACK), valid, stride_qd, D, BLOCK_D, CHECK=True)
+    k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
+    v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
+    padding_base = padding_ptr
+    if HAS_PADDING:
+        padding_base = padding_ptr + b.to(tl.int64) * stride_pb
+
+    # the sink is the first logit that the online softmax meets
+    if HAS_SINK:
+        m = tl.load(sink_ptr + heads).to(tl.float32) * LOG2E
+        l = tl.where(m == float("-inf"), 0.0, 1.0)
+    else:
+        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        l = tl.zeros([BLOCK_M], tl.float32)
+    acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
+    for e in tl.range(0, edges, num_stages=STAGES):
+        n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
+        acc, l, m = _attend(
+            acc, l, m, q, k_base, v_base, padding_base, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+            stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
+            PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+    for f in tl.range(0, full, num_stages=STAGES):
+        n0 = lo_first + (before + f) * BLOCK_N
+        acc, l, m = _attend(
+            acc, l, m, q, k_base, v_base, padding_base, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+            stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
+            PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+        )  # fmt: skip
+
+    empty = l == 0.0
+    out = acc * (1.0 / tl.where(empty, 1.0, l))[:, None]
+    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
+    out_base = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+    store_tile(out_base, row_offsets(rows, token, stride_ot, stride_oh, PACK), valid, stride_od, out, DV, BLOCK_DV)
+    tl.store(lse_ptr + (b * heads_q + heads).to(tl.int64) * seqlen_q + i, lse, mask=valid)
+
+
+def launch_forward(problem: Problem, out, lse) -> None:
+    """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
+    call, config = problem.call, forward_config(problem)
+    tiles = triton.cdiv(problem.seqlen_q, config.block_m // problem.pack)
+    grid = (tiles * problem.batch * (problem.heads_q // problem.pack),)
+    _attn_fwd_kernel[grid](
+        q_ptr=call.q,
+        k_ptr=call.k,
+        v_ptr=call.v,
+        sink_ptr=call.sinks,
+        out_ptr=out,
+        lse_ptr=lse,
+        **problem.mask_arguments(),
+        **strides("q", call.q),
+        **strides("k", call.k),
+        **strides("v", call.v),
+        **strides("o", out),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )

@@ -1,0 +1,98 @@
+"""Visibility on the device: every query row sees one interval of keys, every key is seen by one interval of queries.
+
+Causality, windows, packed segments and used cache lengths all give intervals [lo, hi) whose ends do not decrease from
+row to row, so the first and the last row of a tile bound its loop, and what lies in all of its rows' intervals needs
+no mask. Only a padding mask is looked up key by key.
+"""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def interval(i, shift, before, after, start, end, HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr):
+    """[lo, hi) within [start, end): positions from ``i + shift - before`` to ``i + shift + after``."""
+    lo = i * 0 + start
+    hi = i * 0 + end
+    if HAS_BEFORE:
+        lo = tl.minimum(tl.maximum(i + shift - before, start), end)
+    if HAS_AFTER:
+        hi = tl.maximum(tl.minimum(i + shift + after + 1, end), start)
+    return lo, hi
+
+
+@triton.jit
+def query_interval(
+    i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr,
+):  # fmt: skip
+    """Keys [lo, hi) that query rows ``i`` see; rows past the last see what the last one sees."""
+    i = tl.minimum(i, seqlen_q - 1)
+    if PACKED:
+        return tl.load(ranges_ptr + i), tl.load(ranges_ptr + seqlen_q + i)
+    used = seqlen_k
+    if HAS_SEQUSED:
+        used = tl.maximum(tl.minimum(tl.load(seqused_ptr + b), seqlen_k), 0)
+    return interval(i, used - seqlen_q, left, right, 0, used, HAS_LEFT, HAS_RIGHT)
+
+
+@triton.jit
+def key_interval(
+    j, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr,
+):  # fmt: skip
+    """Queries [lo, hi) that see keys ``j``; keys past the last are seen as the last one is."""
+    j = tl.minimum(j, seqlen_k - 1)
+    if PACKED:
+        ptr = ranges_ptr + 2 * seqlen_q
+        return tl.load(ptr + j), tl.load(ptr + seqlen_k + j)
+    if HAS_SEQUSED:
+        used = tl.maximum(tl.minimum(tl.load(seqused_ptr + b), seqlen_k), 0)
+        lo, hi = interval(j, seqlen_q - used, right, left, 0, seqlen_q, HAS_RIGHT, HAS_LEFT)
+        return tl.where(j < used, lo, seqlen_q), tl.where(j < used, hi, seqlen_q)
+    return interval(j, seqlen_q - seqlen_k, right, left, 0, seqlen_q, HAS_RIGHT, HAS_LEFT)
+
+
+@triton.jit
+def tile_plan(lo_first, hi_first, lo_last, hi_last, STEP: tl.constexpr, ALL_EDGE: tl.constexpr):
+    """Tiles of STEP positions from ``lo_first`` that cover the intervals of a tile's rows.
+
+    Returns (edges, before, skip, full): ``full`` tiles, numbers ``before`` to ``before + full``, lie in the intervals of
+    all rows and need no mask. The ``edges`` others do: edge e is tile e if e < before, else tile e + skip.
+    """
+    n = tl.cdiv(tl.maximum(hi_last - lo_first, 0), STEP)
+    if ALL_EDGE:
+        return n, n, 0, 0
+    before = tl.minimum(tl.cdiv(tl.maximum(lo_last - lo_first, 0), STEP), n)
+    full = tl.maximum(tl.minimum((hi_first - lo_first) // STEP, n) - before, 0)
+    return n - full, before, full, full
+
+
+@triton.jit
+def _segment_range_kernel(
+    ranges_ptr, cu_own_ptr, cu_other_ptr, n_segments, n_own, n_other, before, after, search_steps,
+    HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ranges (2, n_own): lo and hi among the other side's rows for each row of the own side of packed segments.
+
+    Whatever cu_seqlens hold, the result lies in [0, n_other]. Rows past the last segment see nothing.
+    """
+    i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
+    # the first segment that ends after row i, by bisection
+    low = tl.zeros([BLOCK], tl.int32)
+    high = tl.zeros([BLOCK], tl.int32) + n_segments
+    for _ in range(search_steps):
+        middle = (low + high) // 2
+        unsure = low < high
+        ends_before = unsure & (tl.load(cu_own_ptr + middle + 1, mask=unsure, other=0) <= i)
+        low = tl.where(ends_before, middle + 1, low)
+        high = tl.where(unsure & (ends_before == 0), middle, high)
+    inside = low < n_segments
+    segment = tl.minimum(low, n_segments - 1)
+    own_end = tl.load(cu_own_ptr + segment + 1)
+    other_end = tl.load(cu_other_ptr + segment + 1)
+    start = tl.minimum(tl.maximum(tl.load(cu_other_ptr + segment), 0), n_other)
+    end = tl.minimum(tl.maximum(other_end, start), n_other)
+    lo, hi = interval(i, other_end - own_end, before, after, start, end, HAS_BEFORE, HAS_AFTER)
+    tl.store(ranges_ptr + i, tl.where(inside, lo, end), mask=i < n_own)
+    tl.store(ranges_ptr + n_own + i, tl.where(inside, hi, end), mask=i < n_own)

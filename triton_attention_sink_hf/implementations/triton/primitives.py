@@ -1,0 +1,49 @@
+"""Device functions that every kernel shares: tile addresses, dot products, the softcap."""
+
+import triton
+import triton.language as tl
+
+LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
+LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+
+
+@triton.jit
+def matmul(a, b, acc=None):
+    """a @ b accumulated in fp32. fp32 operands are multiplied exactly (no tf32)."""
+    return tl.dot(a, b, acc, input_precision="ieee")
+
+
+@triton.jit
+def row_offsets(rows, token, stride_token, stride_head, PACK: tl.constexpr):
+    """Element offsets of tile rows that are PACK heads of a token, token by token, from ``token`` on."""
+    return (token + rows // PACK).to(tl.int64) * stride_token + (rows % PACK).to(tl.int64) * stride_head
+
+
+@triton.jit
+def load_tile(ptr, offsets, valid, stride_d, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr):
+    """(rows, BLOCK) tile at ``offsets``; columns past SIZE and, with CHECK, rows that are not valid are 0."""
+    d = tl.arange(0, BLOCK)
+    ptrs = ptr + offsets[:, None] + d[None, :] * stride_d
+    if SIZE == BLOCK:
+        if CHECK:
+            return tl.load(ptrs, mask=valid[:, None], other=0.0)
+        return tl.load(ptrs)
+    if CHECK:
+        return tl.load(ptrs, mask=valid[:, None] & (d < SIZE)[None, :], other=0.0)
+    return tl.load(ptrs, mask=(d < SIZE)[None, :], other=0.0)
+
+
+@triton.jit
+def store_tile(ptr, offsets, valid, stride_d, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr):
+    """Store the valid rows and the first SIZE columns of a (rows, BLOCK) tile."""
+    d = tl.arange(0, BLOCK)
+    mask = valid[:, None]
+    if SIZE != BLOCK:
+        mask = mask & (d < SIZE)[None, :]
+    tl.store(ptr + offsets[:, None] + d[None, :] * stride_d, tile.to(ptr.dtype.element_ty), mask=mask)
+
+
+@triton.jit
+def cap(x, softcap):
+    """softcap * tanh(x / softcap), with tanh(y) = 1 - 2 / (1 + exp(2 y))."""
+    return softcap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap))))

@@ -1,0 +1,131 @@
+"""The kernels as ``torch.library`` operators: shapes for tracing, autograd wiring, no mathematics.
+
+``triton_attention_sink::attention_forward`` and ``::attention_backward`` make torch.compile, activation
+checkpointing, opcheck and FSDP2 see ordinary differentiable operators.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .call import Call
+from .implementations import load
+from .masks import Mask
+
+
+def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
+    """Run ``call`` through the operator. Returns out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32; both differentiable."""
+    mask = call.mask
+    return attention_forward(
+        call.q, call.k, call.v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+        mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
+    )  # fmt: skip
+
+
+@torch.library.custom_op("triton_attention_sink::attention_forward", mutates_args=())
+def attention_forward(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seqused_k: Tensor | None,
+    left: int,
+    right: int,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    implementation: str,
+) -> tuple[Tensor, Tensor]:
+    mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
+    out, lse = _empty_outputs(q, v)
+    load(implementation).forward(call, out, lse)
+    return out, lse
+
+
+@attention_forward.register_fake
+def _(q, k, v, *_):
+    return _empty_outputs(q, v)
+
+
+def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
+    B, Sq, Hq, _ = q.shape
+    return q.new_empty(B, Sq, Hq, v.shape[-1]), q.new_empty(B, Hq, Sq, dtype=torch.float32)
+
+
+@torch.library.custom_op("triton_attention_sink::attention_backward", mutates_args=())
+def attention_backward(
+    dout: Tensor | None,
+    dlse: Tensor | None,
+    out: Tensor,
+    lse: Tensor,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    key_padding_mask: Tensor | None,
+    seqused_k: Tensor | None,
+    left: int,
+    right: int,
+    softmax_scale: float,
+    softcap: float,
+    deterministic: bool,
+    implementation: str,
+    need_dkv: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """dq, dk, dv in their inputs' dtypes and dsinks fp32 (Hq,). Without ``need_dkv`` dk and dv are empty, as is
+    dsinks without sinks."""
+    mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
+    dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks, need_dkv)
+    dout = torch.zeros_like(out) if dout is None else dout
+    load(implementation).backward(
+        call, out, lse, dout, dlse, dq, dk if need_dkv else None, dv if need_dkv else None,
+        None if sinks is None else dsinks,
+    )  # fmt: skip
+    return dq, dk, dv, dsinks
+
+
+@attention_backward.register_fake
+def _(dout, dlse, out, lse, q, k, v, sinks, *rest):
+    return _empty_gradients(q, k, v, sinks, need_dkv=rest[-1])
+
+
+def _empty_gradients(q, k, v, sinks, need_dkv) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    dk, dv = (torch.empty_like(k), torch.empty_like(v)) if need_dkv else (k.new_empty(0), v.new_empty(0))
+    dsinks = q.new_empty(0 if sinks is None else q.shape[2], dtype=torch.float32)
+    return torch.empty_like(q), dk, dv, dsinks
+
+
+def _save_for_backward(ctx, inputs, output):
+    q, k, v, sinks, cu_q, cu_k, padding, seqused = inputs[:8]
+    ctx.save_for_backward(*output, q, k, v, sinks, cu_q, cu_k, padding, seqused)
+    ctx.options = inputs[8:]
+    ctx.set_materialize_grads(False)
+
+
+def _backward(ctx, dout, dlse):
+    nothing = (None,) * (8 + len(ctx.options))
+    if dout is None and dlse is None:
+        return nothing
+    out, lse, q, k, v, sinks, *mask = ctx.saved_tensors
+    need_q, need_k, need_v, need_sinks = ctx.needs_input_grad[:4]
+    dq, dk, dv, dsinks = attention_backward(
+        dout, dlse, out, lse, q, k, v, sinks, *mask, *ctx.options, need_k or need_v
+    )
+    return (
+        dq if need_q else None,
+        dk if need_k else None,
+        dv if need_v else None,
+        dsinks.to(sinks.dtype) if need_sinks else None,
+        *nothing[4:],
+    )
+
+
+attention_forward.register_autograd(_backward, setup_context=_save_for_backward)
