@@ -1,0 +1,165 @@
+"""``attention_sink`` under flash-attn's names and arguments, plus ``s_aux``: the sinks, as flash-attn 3 calls them.
+
+Defaults are flash-attn's (``causal=False``). An argument that cannot be honoured raises; none is dropped.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .interface import attention_sink
+
+
+def flash_attn_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Attention of q (B, Sq, Hq, D) on k (B, Sk, Hkv, D) and v (B, Sk, Hkv, Dv): out (B, Sq, Hq, Dv).
+
+    Args:
+        s_aux: (Hq,) natural-log sink logits, or None.
+        deterministic: True asks for bit-exact gradients; False leaves it to torch's global setting.
+        Others: see ``attention_sink``.
+
+    Raises:
+        ValueError, TypeError: as ``attention_sink``; and for dropout, alibi_slopes and return_attn_probs.
+    """
+    _refuse(dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None), return_attn_probs=(return_attn_probs, False))
+    return attention_sink(
+        q, k, v, s_aux,
+        causal=causal, window_size=tuple(window_size), softmax_scale=softmax_scale, softcap=softcap,
+        deterministic=deterministic or None,
+    )  # fmt: skip
+
+
+def flash_attn_varlen_func(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    cu_seqlens_q: Tensor,
+    cu_seqlens_k: Tensor,
+    max_seqlen_q: int | Tensor | None = None,
+    max_seqlen_k: int | Tensor | None = None,
+    dropout_p: float = 0.0,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    alibi_slopes: Tensor | None = None,
+    deterministic: bool = False,
+    return_attn_probs: bool = False,
+    block_table: Tensor | None = None,
+    s_aux: Tensor | None = None,
+) -> Tensor:
+    """Packed rows q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv) with int32 cu_seqlens (N + 1,): out (Tq, Hq, Dv).
+
+    ``max_seqlen_*`` are accepted; nothing needs them. Raises as ``flash_attn_func``, and for a block_table.
+    """
+    _refuse(
+        dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None),
+        return_attn_probs=(return_attn_probs, False), block_table=(block_table, None),
+    )  # fmt: skip
+    return attention_sink(
+        q, k, v, s_aux,
+        causal=causal, window_size=tuple(window_size), softmax_scale=softmax_scale, softcap=softcap,
+        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
+        deterministic=deterministic or None,
+    )  # fmt: skip
+
+
+def flash_attn_with_kvcache(
+    q: Tensor,
+    k_cache: Tensor,
+    v_cache: Tensor,
+    k: Tensor | None = None,
+    v: Tensor | None = None,
+    rotary_cos: Tensor | None = None,
+    rotary_sin: Tensor | None = None,
+    cache_seqlens: int | Tensor | None = None,
+    cache_batch_idx: Tensor | None = None,
+    cache_leftpad: Tensor | None = None,
+    block_table: Tensor | None = None,
+    softmax_scale: float | None = None,
+    causal: bool = False,
+    window_size: tuple[int, int] = (-1, -1),
+    softcap: float = 0.0,
+    rotary_interleaved: bool = True,
+    alibi_slopes: Tensor | None = None,
+    num_splits: int = 0,
+    return_softmax_lse: bool = False,
+    s_aux: Tensor | None = None,
+) -> Tensor | tuple[Tensor, Tensor]:
+    """Attention of q (B, Sq, Hq, D) on the keys in use of a cache k_cache (B, Sc, Hkv, D), v_cache (B, Sc, Hkv, Dv).
+
+    Given k (B, Snew, Hkv, D) and v (B, Snew, Hkv, Dv), they are first written **in place** into the slots behind
+    ``cache_seqlens``, which the caller then advances by Snew; there is no synchronisation with the device.
+
+    Args:
+        cache_seqlens: keys in use before the call: int32 (B,), or an int for all rows. None = all Sc (without k, v).
+        rotary_interleaved, num_splits: accepted; they concern a rotary embedding, which is refused, and speed.
+
+    Returns:
+        out (B, Sq, Hq, Dv); or (out, lse (B, Hq, Sq)) if ``return_softmax_lse``.
+
+    Raises:
+        ValueError, TypeError: as ``attention_sink``; for rotary_*, cache_batch_idx, cache_leftpad, block_table (paged
+            caches) and alibi_slopes; for k without v or without cache_seqlens. New keys that do not fit the cache
+            raise IndexError on a CPU and fail torch's device-side assertion on a GPU.
+    """
+    _refuse(
+        rotary_cos=(rotary_cos, None), rotary_sin=(rotary_sin, None), cache_batch_idx=(cache_batch_idx, None),
+        cache_leftpad=(cache_leftpad, None), block_table=(block_table, None), alibi_slopes=(alibi_slopes, None),
+    )  # fmt: skip
+    if isinstance(cache_seqlens, int):
+        cache_seqlens = torch.full((q.shape[0],), cache_seqlens, dtype=torch.int32, device=q.device)
+    if (k is None) != (v is None):
+        raise ValueError("k and v must both be given or both be None, got one")
+    if k is not None:
+        if cache_seqlens is None:
+            raise ValueError("cache_seqlens must be given where k and v are appended to the cache, got None")
+        cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
+    return attention_sink(
+        q, k_cache, v_cache, s_aux,
+        causal=causal, window_size=tuple(window_size), softmax_scale=softmax_scale, softcap=softcap,
+        seqused_k=cache_seqlens, return_lse=return_softmax_lse,
+    )  # fmt: skip
+
+
+def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor) -> Tensor:
+    """Write k and v into the caches behind ``cache_seqlens`` (B,); return the new number of keys in use (B,)."""
+    for name, new, cache in (("k", k, k_cache), ("v", v, v_cache)):
+        if new.dim() != 4 or new.shape[0] != cache.shape[0] or new.shape[2:] != cache.shape[2:]:
+            expected = (cache.shape[0], "Snew", *cache.shape[2:])
+            raise ValueError(f"{name} must be {expected} to fit {name}_cache, got {tuple(new.shape)}")
+    if v.shape[1] != k.shape[1]:
+        raise ValueError(f"v must have k's {k.shape[1]} new keys, got {v.shape[1]}")
+    if cache_seqlens.dtype != torch.int32 or tuple(cache_seqlens.shape) != (k.shape[0],):
+        raise ValueError(
+            f"cache_seqlens must be an int or int32 (B,) = ({k.shape[0]},), got {tuple(cache_seqlens.shape)} "
+            f"{cache_seqlens.dtype}"
+        )
+    row = torch.arange(k.shape[0], device=k.device)[:, None]
+    slot = cache_seqlens[:, None] + torch.arange(k.shape[1], device=k.device)
+    k_cache[row, slot] = k
+    v_cache[row, slot] = v
+    return cache_seqlens + k.shape[1]
+
+
+def _refuse(**arguments: tuple[object, object]) -> None:
+    """Raise for the first argument, given as name=(value, the only value that is supported), that has another."""
+    for name, (value, supported) in arguments.items():
+        if value is supported or (not isinstance(value, Tensor) and value == supported):
+            continue
+        shown = "a tensor" if isinstance(value, Tensor) else repr(value)
+        raise ValueError(f"{name} must be {supported!r}, got {shown}: attention_sink has no such feature")
