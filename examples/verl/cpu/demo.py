@@ -1,0 +1,148 @@
+"""``make demo``: verl's unmodified trainer with this package's attention, switched on by one config line.
+
+Writes a tiny random gpt-oss and a toy task, runs ``python -m verl.trainer.main_ppo`` (GRPO, packed rows, fp32), and
+reports what the trainer's worker really did. Exit status 0 only if the attention was this package's, the trainer's
+probabilities agree with the rollout's within 1e-5, and the sinks were trained.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import subprocess
+import sys
+import time
+from collections import deque
+from importlib.metadata import entry_points, version
+from pathlib import Path
+
+import main_ppo
+import report
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
+
+TAIL = 40
+# What verl's log says when a phase begins, and the name of the phase: seconds without news are explained.
+PHASES = {
+    "ray init kwargs": "starting Ray",
+    "Started a local Ray instance": "starting verl's task runner",
+    "create worker group": "starting the trainer's worker",
+    "Total steps": "starting the rollout server",
+    "[rollout] received": "training",
+}
+
+
+def main() -> int:
+    arguments = _arguments()
+    console = Console()
+    run = main_ppo.Run(_attention(arguments.attn), arguments.steps, arguments.out.resolve(), _has_gpu())
+    hint = _plugin_missing()
+    if hint:
+        console.print(hint, style="red")
+        return 1
+    console.print(f"attn_implementation: [bold]{run.attention}[/bold]", soft_wrap=True)
+    console.print(f"trainer on the {'GPU' if run.gpu else 'CPU'}, {_versions()}; full log: {run.log}", soft_wrap=True)
+    begin = time.monotonic()
+    returncode = _train(run, console)
+    if returncode != 0:
+        with open(run.log, errors="replace") as log:
+            console.print("".join(deque(log, TAIL)), markup=False, highlight=False, soft_wrap=True)
+        console.print(f"main_ppo ended with status {returncode}; full log: {run.log}", style="red", soft_wrap=True)
+        return 1
+    return _conclude(run, console, time.monotonic() - begin)
+
+
+def _train(run: main_ppo.Run, console: Console) -> int:
+    """Run the trainer under a progress display; returns its exit status."""
+    text = TextColumn("{task.description}")
+    columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with Progress(*columns, console=console) as progress:
+        task = progress.add_task("writing model and task", total=run.steps)
+        _write_inputs(run)
+        with main_ppo.started(run) as process:
+            progress.update(task, description="starting verl.trainer.main_ppo")
+            phase, done = None, 0
+            while True:
+                ended = process.poll() is not None
+                log = run.log.read_text(errors="replace")
+                latest = next((name for mark, name in reversed(PHASES.items()) if mark in log), phase)
+                if latest != phase:
+                    phase = latest
+                    progress.update(task, description=phase)
+                for row in main_ppo.read_rows(run.metrics)[done:]:
+                    done += 1
+                    progress.update(task, completed=done)
+                    console.print(f"step {row['step']}: {row['data']['timing_s/step']:.1f} s")
+                if ended:
+                    return process.returncode
+                time.sleep(0.3)
+
+
+def _write_inputs(run: main_ppo.Run) -> None:
+    from tiny_model import write_gpt_oss
+    from toy_task import write_prompts
+
+    run.folder.mkdir(parents=True, exist_ok=True)
+    write_gpt_oss(run.model)
+    write_prompts(run.prompts)
+
+
+def _conclude(run: main_ppo.Run, console: Console, seconds: float) -> int:
+    result = report.read(run)
+    console.print(report.table(result))
+    for name, function in sorted(result.attentions):
+        console.print(f"attention in the trainer's worker: {name} = {function}", soft_wrap=True)
+    console.print(f"packed rows: up to {result.samples_in_row} samples in one row")
+    for name, distance in result.sink_moves.items():
+        console.print(f"{name} moved by {distance:.1e} from the initial checkpoint")
+    console.print(f"training took {seconds:.0f} s")
+    for failure in result.failures:
+        console.print(f"FAILED: {failure}", style="red", soft_wrap=True)
+    if not result.failures:
+        console.print("OK: same probabilities as eager, sinks trained, one config line", style="green")
+    return 1 if result.failures else 0
+
+
+def _arguments() -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument(
+        "--attn",
+        default="triton_attention_sink",
+        help="value of attn_implementation; 'path' stands for the absolute path of the installed package's folder",
+    )
+    parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for model, log and metrics")
+    arguments = parser.parse_args()
+    if arguments.steps < 1:
+        parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    return arguments
+
+
+def _attention(name: str) -> str:
+    if name != "path":
+        return name
+    spec = importlib.util.find_spec(report.PACKAGE)
+    return str(Path(spec.origin).parent)
+
+
+def _plugin_missing() -> str | None:
+    """verl logs a plug-in that fails to load at debug level only; say it here instead."""
+    if not any(plugin.value == report.PACKAGE for plugin in entry_points(group="verl.plugins")):
+        return "verl must find this package's entry point (pip install -e '.[hf,verl]'), got none installed"
+    return None
+
+
+def _has_gpu() -> bool:
+    """Asked in another process: a process that has touched CUDA must not start workers."""
+    question = "import torch; print(torch.cuda.is_available())"
+    answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
+    return answer.stdout.strip() == "True"
+
+
+def _versions() -> str:
+    names = ("verl", "torch", "transformers", "triton-attention-sink")
+    return ", ".join(f"{name} {version(name)}" for name in names)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
