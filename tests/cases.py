@@ -1,0 +1,160 @@
+"""Attention calls as data: a ``Case`` makes its inputs and runs itself through ``attention_sink``."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch import Tensor
+
+from triton_attention_sink_hf import Mask, attention_sink
+
+
+@dataclass(frozen=True)
+class Case:
+    """One call. Sequence lengths are totals of rows; ``lengths_*`` cuts them into packed segments (batch 1).
+
+    Attributes:
+        padding: "left", "right" or "holes": which keys of each batch row are not real.
+        used: keys in use per batch row (``seqused_k``).
+        sinks: the head's logits run from -10 to 20; "frozen" ones get no gradient, None is no sink.
+        dlse: lse takes part in the loss.
+        layout: memory of q, k, v and dout: "bshd", "bhsd" (transposed views), "sliced" (every second row and column
+            of a larger tensor), "expanded" (batch and key heads with stride 0).
+    """
+
+    seqlen_q: int = 64
+    seqlen_k: int | None = None
+    heads: tuple[int, int] = (4, 2)
+    head_dim: int | tuple[int, int] = 32
+    batch: int = 1
+    dtype: torch.dtype = torch.float32
+    causal: bool = True
+    window: tuple[int, int] = (-1, -1)
+    lengths_q: tuple[int, ...] | None = None
+    lengths_k: tuple[int, ...] | None = None
+    padding: str | None = None
+    used: tuple[int, ...] | None = None
+    softmax_scale: float | None = None
+    softcap: float = 0.0
+    sinks: str | None = "learned"
+    sink_dtype: torch.dtype = torch.float32
+    dlse: bool = False
+    layout: str = "bshd"
+
+    @property
+    def dims(self) -> tuple[int, int]:
+        return self.head_dim if isinstance(self.head_dim, tuple) else (self.head_dim, self.head_dim)
+
+    @property
+    def scale(self) -> float:
+        return self.dims[0] ** -0.5 if self.softmax_scale is None else self.softmax_scale
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """q (B, Sq, Hq, D), k, v, sinks and the gradients that come back: dout as out, dlse (B, Hq, Sq) fp32 or None."""
+
+    q: Tensor
+    k: Tensor
+    v: Tensor
+    sinks: Tensor | None
+    dout: Tensor
+    dlse: Tensor | None
+    mask: Mask
+
+
+def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
+    """Random inputs of ``case``, the same for one seed."""
+    generator = torch.Generator(device).manual_seed(seed)
+    seqlen_k = case.seqlen_q if case.seqlen_k is None else case.seqlen_k
+    heads_q, heads_k = case.heads
+    d, dv = case.dims
+
+    def tensor(seqlen, heads, size):
+        shape = (case.batch, seqlen, heads, size)
+        stored = {
+            "bshd": shape,
+            "bhsd": (case.batch, heads, seqlen, size),
+            "sliced": (case.batch, 2 * seqlen, heads + 1, 2 * size),
+            "expanded": (1, seqlen, 1 if heads == heads_k else heads, size),
+        }[case.layout]
+        x = torch.randn(stored, generator=generator, device=device).to(case.dtype)
+        if case.layout == "bhsd":
+            return x.transpose(1, 2)
+        if case.layout == "sliced":
+            return x[:, ::2, 1:, ::2]
+        return x.expand(shape)
+
+    sinks = None
+    if case.sinks is not None:
+        sinks = torch.linspace(-10, 20, heads_q, device=device).to(case.sink_dtype)
+    dlse = None
+    if case.dlse:
+        dlse = torch.randn(case.batch, heads_q, case.seqlen_q, generator=generator, device=device)
+    return Inputs(
+        q=tensor(case.seqlen_q, heads_q, d),
+        k=tensor(seqlen_k, heads_k, d),
+        v=tensor(seqlen_k, heads_k, dv),
+        sinks=sinks,
+        dout=tensor(case.seqlen_q, heads_q, dv),
+        dlse=dlse,
+        mask=_mask(case, seqlen_k, device),
+    )
+
+
+def cu_seqlens(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
+    return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
+
+
+def _mask(case: Case, seqlen_k: int, device: str) -> Mask:
+    cu_q = cu_k = padding = used = None
+    if case.lengths_q is not None:
+        cu_q = cu_seqlens(case.lengths_q, device)
+        cu_k = cu_seqlens(case.lengths_k or case.lengths_q, device)
+    if case.padding is not None:
+        position = torch.arange(seqlen_k, device=device).expand(case.batch, seqlen_k)
+        # rows of a batch differ: the first keeps all keys, the last loses most, with two rows or more
+        hidden = torch.linspace(0.1 if case.batch == 1 else 0.0, 0.8, case.batch, device=device)[:, None] * seqlen_k
+        padding = {
+            "left": position >= hidden.long(),
+            "right": position < seqlen_k - hidden.long(),
+            "holes": (position * 7 + torch.arange(case.batch, device=device)[:, None]) % 3 != 0,
+        }[case.padding]
+    if case.used is not None:
+        used = torch.tensor(case.used, dtype=torch.int32, device=device)
+    return Mask(case.window[0], 0 if case.causal else case.window[1], cu_q, cu_k, padding, used)
+
+
+def run(case: Case, inputs: Inputs, implementation: str = "triton") -> dict[str, Tensor]:
+    """out, lse and the gradients dq, dk, dv, dsink, always with a batch axis."""
+    q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    sinks = None if inputs.sinks is None else inputs.sinks.detach().requires_grad_(case.sinks == "learned")
+    out, lse = call(case, inputs, q, k, v, sinks, implementation)
+    outputs, gradients = [out], [inputs.dout]
+    if inputs.dlse is not None:
+        outputs, gradients = [out, lse], [inputs.dout, inputs.dlse]
+    leaves = [q, k, v, sinks] if case.sinks == "learned" else [q, k, v]
+    results = dict(zip(("dq", "dk", "dv", "dsink"), torch.autograd.grad(outputs, leaves, gradients), strict=False))
+    return results | {"out": out.detach(), "lse": lse.detach()}
+
+
+def call(case: Case, inputs: Inputs, q, k, v, sinks, implementation: str = "triton") -> tuple[Tensor, Tensor]:
+    """attention_sink for ``case`` on BSHD tensors: (out, lse), packed calls with their batch axis put back."""
+    mask, packed = inputs.mask, inputs.mask.packed
+    out, lse = attention_sink(
+        *((x.squeeze(0) for x in (q, k, v)) if packed else (q, k, v)),
+        sinks,
+        causal=case.causal,
+        window_size=case.window,
+        softmax_scale=case.softmax_scale,
+        softcap=case.softcap,
+        cu_seqlens_q=mask.cu_seqlens_q,
+        cu_seqlens_k=mask.cu_seqlens_k,
+        key_padding_mask=mask.key_padding_mask,
+        seqused_k=mask.seqused_k,
+        return_lse=True,
+        implementation=implementation,
+    )
+    return (out.unsqueeze(0), lse.unsqueeze(0)) if packed else (out, lse)

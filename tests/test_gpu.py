@@ -1,0 +1,248 @@
+"""The kernels on a GPU: exactness at the shapes of real models, sizes past 2^31, graphs, memory, synchronisation."""
+
+import pytest
+import torch
+from budget import assert_within_budget
+from cases import Case, Inputs, call, make_inputs, run
+
+from triton_attention_sink_hf import Mask, attention_sink, explain
+from triton_attention_sink_hf.ops import attention_forward
+
+pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty")]
+
+BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
+# sums to 4090 of 4096 rows: the last six belong to no segment
+RL_LENGTHS = (0, 1, 15, 16, 17, 127, 128, 129, 0, 1200, 63, 700, 64, 1503)
+GPT_OSS = {"heads": (64, 8), "head_dim": 64}
+CASES = {
+    "gpt-oss window": Case(2048, window=(127, 0), **GPT_OSS),
+    "gpt-oss full": Case(2048, **GPT_OSS),
+    "gpt-oss packed window": Case(4096, lengths_q=RL_LENGTHS, window=(127, 0), layout="bhsd", **GPT_OSS),
+    "gpt-oss packed full": Case(4096, lengths_q=RL_LENGTHS, dlse=True, **GPT_OSS),
+    "gpt-oss left padding": Case(777, batch=3, padding="left", window=(127, 0), layout="bhsd", **GPT_OSS),
+    "gpt-oss right padding": Case(515, batch=2, padding="right", **GPT_OSS),
+    "gpt-oss decode": Case(1, 1999, batch=3, used=(1999, 1, 700), window=(127, 0), **GPT_OSS),
+    "llama": Case(1024, batch=2, heads=(32, 8), head_dim=128, sinks=None, layout="bhsd"),
+    "llama softcap": Case(700, 900, heads=(32, 8), head_dim=128, softcap=15.0, dlse=True),
+    "mimo": Case(1500, heads=(64, 4), head_dim=(192, 128), window=(128, 0), dlse=True),
+    "mimo full": Case(1024, heads=(64, 4), head_dim=(192, 128)),
+    "privacy filter": Case(1500, batch=2, heads=(14, 2), head_dim=64, causal=False, window=(128, 128)),
+    "d256": Case(900, heads=(16, 4), head_dim=256, window=(500, 0)),
+    "odd": Case(333, 200, batch=2, heads=(21, 3), head_dim=(40, 80), padding="holes", dlse=True, layout="sliced"),
+    "negative scale": Case(300, heads=(8, 1), head_dim=96, softmax_scale=-0.2, causal=False),
+}
+# fp16 differs from bf16 in the operands' type alone, so a few cases suffice
+FP16_CASES = ("gpt-oss window", "gpt-oss packed full", "llama", "mimo", "odd")
+
+
+@pytest.mark.parametrize(
+    ("name", "dtype"),
+    [(name, dtype) for name in CASES for dtype in (BF16, FP32)] + [(name, FP16) for name in FP16_CASES],
+    ids=lambda x: str(x).removeprefix("torch."),
+)
+def test_exactness(name, dtype):
+    case = Case(**{**CASES[name].__dict__, "dtype": dtype})
+    inputs = make_inputs(case, "cuda")
+    results = run(case, inputs)
+    assert_within_budget(case, inputs, results)
+    again = run(case, inputs)
+    for key, value in results.items():
+        assert torch.equal(value, again[key]), f"{key} differs between two equal calls"
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+def test_more_than_2_31_elements(layout):
+    """q, out, dout and dq of 2.2e9 elements; rows around the 2^31st element and at both ends against fp64."""
+    S, W = 540_000, 128
+    case = Case(S, window=(W - 1, 0), dtype=BF16, layout=layout, **GPT_OSS)
+
+    def tensor(heads):
+        shape = (1, S, heads, 64) if layout == "bshd" else (1, heads, S, 64)
+        x = torch.randn(shape, dtype=BF16, device="cuda")
+        return x if layout == "bshd" else x.transpose(1, 2)
+
+    q, k, v, dout = tensor(64), tensor(8), tensor(8), tensor(64)
+    assert q.numel() > 2**31
+    sinks = torch.linspace(-10, 20, 64, device="cuda")
+    leaves = [x.requires_grad_() for x in (q, k, v, sinks)]
+    out, lse = attention_sink(*leaves, window_size=case.window, return_lse=True, implementation="triton")
+    dq, dk, dv, dsink = torch.autograd.grad(out, leaves, dout)
+    assert bool(dsink.isfinite().all())
+    middle = 2**31 // (64 * 64)  # the token at the 2^31st element of a (B, S, H, D) tensor
+    for first, last in ((0, 100), (middle - 50, middle + 50), (S - 100, S)):
+        # gradients of keys [first, last) need the queries up to last + W, and those the keys from first - W on
+        start, stop = max(first - W, 0), min(last + W, S)
+        piece, mask = slice(start, stop), Mask(W - 1, 0)
+        small = Inputs(*(x.detach()[:, piece] for x in (q, k, v)), sinks.detach(), dout[:, piece], None, mask)
+        rows = slice(first - start, last - start)
+        _assert_rows(case, small, rows, [x.detach()[:, first:last] for x in (out, dq, dk, dv)], lse[..., first:last])
+
+
+def _assert_rows(case: Case, small: Inputs, rows: slice, got, lse) -> None:
+    """Some rows of a large call against the same call on the small piece around them, which is checked itself."""
+    results = run(case, small)
+    assert_within_budget(case, small, results)
+    for name, value in zip(("out", "dq", "dk", "dv"), got, strict=True):
+        exact = results[name][:, rows].float()
+        # same kernel, other tile boundaries: one rounding of the dtype apart at most, in the norm
+        difference = torch.linalg.vector_norm(value.float() - exact) / torch.linalg.vector_norm(exact)
+        assert difference < 2**-8, f"{name} of rows {rows} is off by {difference}"
+    torch.testing.assert_close(lse.detach(), results["lse"][..., rows], rtol=1e-5, atol=1e-5)
+
+
+def test_long_context_in_hugging_face_layout_is_supported():
+    q, k = (torch.empty(1, h, 262_144, 128, dtype=BF16, device="cuda").transpose(1, 2) for h in (8, 2))
+    assert explain(q, k, k).reasons["triton"] is None
+
+
+def _packed_inputs(dtype=BF16):
+    case = Case(4096, lengths_q=RL_LENGTHS, window=(127, 0), dtype=dtype, **GPT_OSS)
+    return case, make_inputs(case, "cuda")
+
+
+def test_no_host_synchronisation():
+    case, inputs = _packed_inputs()
+    expected = run(case, inputs)  # compiles
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        results = run(case, inputs)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    for name, value in results.items():
+        assert torch.equal(value, expected[name])
+
+
+def test_cuda_graph():
+    case, inputs = _packed_inputs()
+    other = make_inputs(case, "cuda", seed=1)
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        run(case, inputs)
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        captured = run(case, inputs)
+    for name in ("q", "k", "v", "dout"):
+        getattr(inputs, name).copy_(getattr(other, name))
+    graph.replay()
+    for name, value in run(case, other).items():
+        assert torch.equal(captured[name], value), name
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_compile_with_inductor(dynamic):
+    compiled = torch.compile(
+        lambda q, k, v, sinks: attention_sink(q * 1.0, k, v, sinks, window_size=(127, 0)).sin(),
+        fullgraph=True, dynamic=dynamic,
+    )  # fmt: skip
+    for seqlen in (256, 300):
+        inputs = make_inputs(Case(seqlen, dtype=BF16, **GPT_OSS), "cuda")
+        leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
+        out = compiled(*leaves)
+        expected = attention_sink(*leaves, window_size=(127, 0)).sin()
+        torch.testing.assert_close(out, expected)
+        got, want = (torch.autograd.grad(x, leaves, inputs.dout) for x in (out, expected))
+        for a, b in zip(got, want, strict=True):
+            torch.testing.assert_close(a, b)
+
+
+def test_memory_of_backward_is_delta_and_gradients():
+    case = Case(8192, window=(127, 0), dtype=BF16, **GPT_OSS)
+    inputs = make_inputs(case, "cuda")
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
+
+    def peak(step):
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        result = step()
+        torch.cuda.synchronize()
+        return result, torch.cuda.max_memory_allocated() - before
+
+    def size(*tensors):
+        return sum(x.numel() * x.element_size() for x in tensors)
+
+    def forward():
+        return attention_sink(*leaves, window_size=case.window, return_lse=True, implementation="triton")
+
+    torch.autograd.grad(forward()[0], leaves, inputs.dout)  # compiles
+    (out, lse), used = peak(forward)
+    slack = 2**20
+    assert used <= size(out, lse) + slack
+    gradients, used = peak(lambda: torch.autograd.grad(out, leaves, inputs.dout))
+    delta = size(lse)
+    sink_parts = delta // 8  # one number per tile of at least 8 tokens and head
+    assert used <= size(*gradients) + delta + sink_parts + slack
+
+
+@pytest.mark.parametrize("poisoned", ["decreasing", "beyond T", "negative", "huge"])
+def test_wrong_cu_seqlens_stay_inside_their_tensors(poisoned):
+    """Values on a GPU are not checked, so whatever they hold, nothing outside is read (as NaN) or written."""
+    values = {
+        "decreasing": [0, 90, 30, 128],
+        "beyond T": [0, 50, 128, 100_000],
+        "negative": [-500, 20, -3, 128],
+        "huge": [0, 2**31 - 1, -(2**31), 128],
+    }[poisoned]
+    cu = torch.tensor(values, dtype=torch.int32, device="cuda")
+    T, guard = 128, 256
+    case = Case(T, heads=(8, 2), head_dim=64, dtype=BF16)
+    inputs = make_inputs(case, "cuda")
+
+    def fenced(x):
+        fence = torch.full((1, T + 2 * guard, *x.shape[2:]), float("nan"), dtype=x.dtype, device="cuda")
+        fence[:, guard : guard + T] = x
+        return fence[:, guard : guard + T].requires_grad_()
+
+    q, k, v = map(fenced, (inputs.q, inputs.k, inputs.v))
+    good = make_inputs(Case(T, heads=(8, 2), head_dim=64, dtype=BF16, lengths_q=(T,)), "cuda").mask.cu_seqlens_q
+    for cu_q, cu_k in ((cu, cu), (good.expand(2), cu[:2]), (cu[1:3], good)):
+        out, lse = attention_forward(
+            q, k, v, inputs.sinks, cu_q, cu_k, None, None, 31, 0, case.scale, 0.0, True, "triton"
+        )
+        gradients = torch.autograd.grad(out, (q, k, v), inputs.dout)
+        for x in (out, lse, *gradients):
+            assert bool(x.isfinite().all())
+
+
+def test_auto_takes_a_kernel_on_a_gpu():
+    inputs = make_inputs(Case(128, dtype=BF16, **GPT_OSS), "cuda")
+    explanation = explain(inputs.q, inputs.k, inputs.v, inputs.sinks)
+    assert explanation.implementation != "reference"
+
+
+def test_checks_of_values_are_opt_in(monkeypatch):
+    case, inputs = _packed_inputs()
+    cu = inputs.mask.cu_seqlens_q.flip(0).contiguous()
+    q, k, v = (x.squeeze(0) for x in (inputs.q, inputs.k, inputs.v))
+    attention_sink(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+    monkeypatch.setenv("TRITON_ATTENTION_SINK_CHECK", "1")
+    with pytest.raises(ValueError, match="cu_seqlens_q must start at 0, got 4090"):
+        attention_sink(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+
+def test_opcheck():
+    case = Case(96, heads=(4, 2), head_dim=32, dtype=FP16)
+    inputs = make_inputs(case, "cuda")
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
+    torch.library.opcheck(attention_forward, (*leaves, None, None, None, None, 31, 0, case.scale, 0.0, True, "triton"))
+
+
+def test_checkpoint_and_autocast():
+    case = Case(200, dtype=FP32, dlse=True, **GPT_OSS)
+    inputs = make_inputs(case, "cuda")
+    leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
+
+    def forward(*args):
+        with torch.autocast("cuda", dtype=BF16):
+            return call(case, inputs, *args)
+
+    out, lse = forward(*leaves)
+    assert out.dtype == BF16
+    kept = torch.utils.checkpoint.checkpoint(forward, *leaves, use_reentrant=False)
+    dout = inputs.dout.to(BF16)
+    expected = torch.autograd.grad((out, lse), leaves, (dout, inputs.dlse))
+    for a, b in zip(torch.autograd.grad(kept, leaves, (dout, inputs.dlse)), expected, strict=True):
+        assert a.dtype == FP32 and torch.equal(a, b)
