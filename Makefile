@@ -1,0 +1,58 @@
+# demo, test and lint install what they need into .venv, again only when pyproject.toml or constraints.txt changed.
+# gpu-test and bench use the current Python: a GPU machine has its own torch and triton.
+SHELL := /bin/bash
+PYTHON ?= python3
+VENV ?= .venv
+# One release of torch for every machine: PyPI's wheel has CUDA (gigabytes), a CPU wheel serves as well.
+TORCH ?= torch==2.13.0
+CONSTRAINTS ?= constraints.txt
+# value of attn_implementation in the demo; "path" stands for the absolute path of triton_attention_sink_hf
+ATTN ?= triton_attention_sink
+STEPS ?= 3
+PYTEST_ARGS ?=
+BENCH_ARGS ?=
+
+PIP_LOG := $(VENV)/install.log
+pip-install = $(VENV)/bin/python -m pip install $(TORCH) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(1) \
+	> $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); echo "installation failed; full log: $(PIP_LOG)"; exit 1; }
+
+.PHONY: help demo test lint gpu-test bench clean
+help:
+	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3)"
+	@echo "make test      all tests that need no GPU"
+	@echo "make lint      ruff check and ruff format --check"
+	@echo "make gpu-test  the tests that need a GPU, with the current Python"
+	@echo "make bench     benchmark on this machine's GPU, with the current Python"
+	@echo "make clean     remove .venv and the outputs"
+
+demo: $(VENV)/installed
+	@$(VENV)/bin/python examples/verl/cpu/demo.py --attn "$(ATTN)" --steps $(STEPS)
+
+test: $(VENV)/installed
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu" -n 2 --dist loadgroup $(PYTEST_ARGS)
+
+lint: $(VENV)/ruff
+	$(VENV)/bin/python -m ruff check .
+	$(VENV)/bin/python -m ruff format --check .
+
+gpu-test:
+	$(PYTHON) -m pytest tests -m gpu $(PYTEST_ARGS)
+
+bench:
+	$(PYTHON) -c "from triton_attention_sink_hf.cli import main; main()" bench $(BENCH_ARGS)
+
+clean:
+	rm -rf $(VENV) outputs
+
+$(VENV)/bin/python:
+	@$(PYTHON) -m venv $(VENV)
+
+$(VENV)/ruff: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@$(VENV)/bin/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "ruff>=0.8" 2> $(PIP_LOG) \
+		|| { cat $(PIP_LOG); exit 1; }
+	@touch $@
+
+$(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
+	@echo "installing torch, verl and this package into $(VENV) (2 to 3 minutes the first time; log: $(PIP_LOG))"
+	@$(call pip-install,-e ".[hf,verl,test]")
+	@touch $@
