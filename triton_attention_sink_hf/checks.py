@@ -181,7 +181,8 @@ def _relative(got: Tensor, expected: Tensor) -> float:
     return ((got.double() - expected.double()).norm() / expected.double().norm()).item()
 
 
-def _logits_and_gradients(attn_implementation: str, device: str) -> dict[str, Tensor]:
+def tiny_gpt_oss(attn_implementation: str):
+    """A gpt-oss of two layers (sliding, full), the same random fp32 weights each time, its sinks wide apart."""
     from transformers import AutoModelForCausalLM, GptOssConfig
 
     config = GptOssConfig(
@@ -195,8 +196,12 @@ def _logits_and_gradients(attn_implementation: str, device: str) -> dict[str, Te
         for name, parameter in model.named_parameters():
             scale = 2.0 if "sinks" in name else 0.2
             parameter.copy_(torch.randn(parameter.shape, generator=generator) * scale)
-    model = model.to(device).train()
-    tokens = torch.randint(1, 64, (2, 24), generator=generator).to(device)
+    return model
+
+
+def _logits_and_gradients(attn_implementation: str, device: str) -> dict[str, Tensor]:
+    model = tiny_gpt_oss(attn_implementation).to(device).train()
+    tokens = torch.randint(1, 64, (2, 24), generator=torch.Generator().manual_seed(0)).to(device)
     padding = torch.ones_like(tokens)
     padding[0, :5] = 0
     logits = model(tokens, attention_mask=padding).logits[padding.bool()]

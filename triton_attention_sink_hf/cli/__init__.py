@@ -1,0 +1,22 @@
+"""The command ``triton-attention-sink``: one file per subcommand, which imports what it needs when it runs."""
+
+from __future__ import annotations
+
+import typer
+
+from .demo import demo
+from .doctor import doctor
+from .export import export
+
+app = typer.Typer(
+    help="Exact attention with learned sinks, switched on by attn_implementation: triton_attention_sink",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+for command in (doctor, demo, export):
+    app.command()(command)
+
+
+def main() -> None:
+    app()

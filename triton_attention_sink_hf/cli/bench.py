@@ -1,0 +1,71 @@
+"""``triton-attention-sink bench``: check and time this project against every peer that is installed."""
+
+from __future__ import annotations
+
+import json
+import site
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def bench(
+    cases: Annotated[str, typer.Option(help="Comma-separated parts of case names; all if empty.")] = "",
+    implementations: Annotated[str, typer.Option(help="Comma-separated names; all if empty.")] = "",
+    extra_path: Annotated[
+        list[Path] | None, typer.Option(help="Directory that holds peers not installed here.")
+    ] = None,
+    output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("benchmarks/results"),
+    plots: Annotated[bool, typer.Option(help="Draw forward.png and backward.png (needs matplotlib).")] = True,
+) -> None:
+    """Time forward and backward of every case, each implementation checked against fp64 first."""
+    import torch
+
+    if not torch.cuda.is_available():
+        typer.echo("bench needs a GPU that torch can use; none was found", err=True)
+        raise typer.Exit(1)
+    for path in extra_path or []:
+        site.addsitedir(str(path))
+    from ..bench import report
+    from ..bench.cases import CASES
+    from ..bench.measure import ceilings, environment, measure
+    from ..bench.peers import PEERS
+
+    wanted = [name for name in cases.split(",") if name]
+    chosen = [case for case in CASES if not wanted or any(part in case.name for part in wanted)]
+    names = [name for name in PEERS if not implementations or name in implementations.split(",")]
+    if not chosen or not names:
+        typer.echo(
+            f"cases must be parts of {[case.name for case in CASES]}, implementations of {list(PEERS)}", err=True
+        )
+        raise typer.Exit(2)
+    card, rates, rows = environment(), ceilings(), []
+    typer.echo(f"{card['card']}: copy {rates['copy_tb_s']:.2f} TB/s, bf16 matmul {rates['matmul_tflop_s']:.0f} TFLOP/s")
+    for case in chosen:
+        rows += measure(case, names, log=typer.echo)
+        _write(output / "bench.json", card, rates, rows, report)
+    lines = report.summarise(rows, rates)
+    typer.echo("\n".join(report.problems(rows)))
+    typer.echo(report.table(lines))
+    for name, ms in sorted(report.pair_ms(rows).items(), key=lambda item: item[1]):
+        typer.echo(f"gpt-oss layer pair, forward and backward: {name} {ms:.2f} ms")
+    if plots:
+        title = f"{card['card']}, bf16, torch {card['torch']}, triton {card['triton']}, {card['date']}"
+        for path in report.plot(lines, title, output):
+            typer.echo(f"wrote {path}")
+    if any(row["implementation"] == report.OURS and "problem" in row for row in rows):
+        raise typer.Exit(1)
+
+
+def _write(path: Path, card: dict, rates: dict, rows: list[dict], report) -> None:
+    """Write after every case, so that an interrupted run keeps what it measured."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    result = {
+        "environment": card,
+        "ceilings": rates,
+        "rows": rows,
+        "summary": report.summarise(rows, rates),
+        "gpt_oss_pair_ms": report.pair_ms(rows),
+    }
+    path.write_text(json.dumps(result, indent=1) + "\n")

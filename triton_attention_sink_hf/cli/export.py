@@ -1,0 +1,88 @@
+"""``triton-attention-sink export DIR``: this package as a Hub kernel folder, for the ``kernels`` package."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+PACKAGE = Path(__file__).absolute().parent.parent
+KERNEL = "triton-attention-sink"
+OPERATORS = "triton_attention_sink::"
+# What attention_sink and flash_attn_* need: nothing of transformers, nothing of the command line.
+SOURCES = ("call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "validation.py")
+INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
+
+from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .interface import attention_sink
+
+__all__ = ["attention_sink", "flash_attn_func", "flash_attn_varlen_func", "flash_attn_with_kvcache"]
+'''
+CARD = """---
+library_name: kernels
+license: apache-2.0
+tags: [kernel]
+---
+Exact attention with learned sinks (`s_aux`) in Triton, forward and backward: `flash_attn_func`,
+`flash_attn_varlen_func`, `flash_attn_with_kvcache`, `attention_sink`. Written by `triton-attention-sink export`.
+"""
+
+
+def export(
+    directory: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder, or an earlier export.")],
+) -> None:
+    """Write a Hub kernel folder: upload it to org/name, then attn_implementation: org/name."""
+    try:
+        build = write(directory)
+    except ValueError as error:
+        raise typer.BadParameter(f"{error}") from error
+    print(f"wrote {build}")
+    print(f'try it offline: LOCAL_KERNELS="kernels-community/{KERNEL}={directory.absolute()}"')
+    print(f"                attn_implementation: kernels-community/{KERNEL}")
+
+
+def write(directory: Path) -> Path:
+    """Write the folder and return its build variant, DIR/build/torch-universal.
+
+    Raises:
+        ValueError: DIR holds something that is not an earlier export.
+    """
+    build = directory / "build" / "torch-universal"
+    if directory.exists() and not directory.is_dir():
+        raise ValueError(f"DIR must be a folder, got the file {directory}")
+    if directory.exists() and any(directory.iterdir()) and not _is_export(build):
+        raise ValueError(f"DIR must be new, empty or an earlier export, got {directory} with other contents")
+    sources = {name: (PACKAGE / name).read_text() for name in SOURCES}
+    for file in sorted((PACKAGE / "implementations").rglob("*.py")):
+        sources[file.relative_to(PACKAGE).as_posix()] = file.read_text()
+    digest = hashlib.sha256("".join(f"{name}\n{text}" for name, text in sources.items()).encode()).hexdigest()[:12]
+    # Operators are global in torch: under a name of their own, this kernel and the package can share a process.
+    namespace = f"triton_attention_sink_{digest}"
+    sources["ops.py"] = sources["ops.py"].replace(OPERATORS, f"{namespace}::")
+    sources["__init__.py"] = INIT
+    metadata = {
+        "id": f"_{namespace}",
+        "name": KERNEL,
+        "version": 1,
+        "license": "Apache-2.0",
+        "python-depends": [],
+        "backend": {"type": "cuda"},
+    }
+    sources["metadata.json"] = json.dumps(metadata, indent=2) + "\n"
+
+    if build.exists():
+        shutil.rmtree(build)
+    for name, text in sources.items():
+        (build / name).parent.mkdir(parents=True, exist_ok=True)
+        (build / name).write_text(text)
+    (directory / "README.md").write_text(CARD)
+    return build
+
+
+def _is_export(build: Path) -> bool:
+    metadata = build / "metadata.json"
+    return metadata.is_file() and json.loads(metadata.read_text()).get("name") == KERNEL
