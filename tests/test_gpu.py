@@ -214,7 +214,7 @@ def test_auto_takes_a_kernel_on_a_gpu():
 
 
 def test_checks_of_values_are_opt_in(monkeypatch):
-    case, inputs = _packed_inputs()
+    inputs = _packed_inputs()[1]
     cu = inputs.mask.cu_seqlens_q.flip(0).contiguous()
     q, k, v = (x.squeeze(0) for x in (inputs.q, inputs.k, inputs.v))
     attention_sink(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)

@@ -34,7 +34,7 @@ def _probabilities(s, softmax_scale, softcap, lse2, PRESCALE: tl.constexpr, HAS_
 
 @triton.jit
 def _dq_step(
-    dq, row_sum, q, dout, lse2, delta, k_ptr, v_ptr, padding_ptr, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+    dq, row_sum, q, dout, lse2, delta, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
     HAS_SINK: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr,
     MASKED: tl.constexpr,
@@ -42,17 +42,13 @@ def _dq_step(
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    k = load_tile(
-        k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < seqlen_k, stride_kd, D, BLOCK_D, CHECK=MASKED
-    )
-    v = load_tile(
-        v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < seqlen_k, stride_vd, DV, BLOCK_DV, CHECK=MASKED
-    )
+    k = load_tile(k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
+    v = load_tile(v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
     p, slope = _probabilities(matmul(q, k.T), softmax_scale, softcap, lse2[:, None], PRESCALE, HAS_SOFTCAP)
     if MASKED:
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         if HAS_PADDING:
-            real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < seqlen_k, other=0)
+            real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < end, other=0)
             visible = visible & (real != 0)[None, :]
         p = tl.where(visible, p, 0.0)
     ds = p * (matmul(dout, v.T) - delta[:, None])
@@ -105,7 +101,8 @@ def _attn_bwd_dq_kernel(
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
 
     q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    q = load_tile(q_base, row_offsets(rows, token, stride_qt, stride_qh, PACK), valid, stride_qd, D, BLOCK_D, CHECK=True)
+    q_rows = row_offsets(rows, token, stride_qt, stride_qh, PACK)
+    q = load_tile(q_base, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=True)
     dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
     dout_rows = row_offsets(rows, token, stride_dot, stride_doh, PACK)
     dout = load_tile(dout_base, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=True)
@@ -131,14 +128,14 @@ def _attn_bwd_dq_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, seqlen_k, lo, hi,
+            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, seqlen_k, lo, hi,
+            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
@@ -150,6 +147,7 @@ def _attn_bwd_dq_kernel(
         # delta above comes from the rounded out. rowsum(dS) = rowsum(P dP) - delta (1 - p_sink) with fp32 P and dP,
         # so the sink's gradient can use the delta of the unrounded out.
         p_sink = tl.exp2(tl.load(sink_ptr + heads).to(tl.float32) * LOG2E - lse2)
+        p_sink = tl.where(lse2 == float("-inf"), 0.0, p_sink)  # a sink of -inf and no key
         exact_delta = row_sum + delta * (1.0 - p_sink)
         if HAS_DLSE:
             exact_delta -= dlse
@@ -160,16 +158,16 @@ def _attn_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, t0, seqlen_q, lo, hi, softmax_scale, softcap,
+    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, t0, seqlen_q, end, lo, hi, softmax_scale, softcap,
     stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
     PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr,
 ):  # fmt: skip
-    """Add the part of query rows from token t0 on; scores are transposed (keys, rows)."""
+    """Add the part of query rows from token t0 on, up to ``end``; scores are transposed (keys, rows)."""
     rows = tl.arange(0, BLOCK_M)
     i = t0 + rows // PACK
-    valid = i < seqlen_q
+    valid = i < end
     q_rows = rows // PACK * stride_qt + rows % PACK * stride_qh
     q = load_tile(q_ptr + t0.to(tl.int64) * stride_qt, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED)
     dout_rows = rows // PACK * stride_dot + rows % PACK * stride_doh
@@ -199,7 +197,8 @@ def _attn_bwd_dkv_kernel(
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
-    stride_dkb, stride_dkt, stride_dkh, stride_dkd, stride_dvb, stride_dvt, stride_dvh, stride_dvd, stride_pb, stride_pt,
+    stride_dkb, stride_dkt, stride_dkh, stride_dkd, stride_dvb, stride_dvt, stride_dvh, stride_dvd,
+    stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
     HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
@@ -229,10 +228,12 @@ def _attn_bwd_dkv_kernel(
     )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=False)
 
+    # what no query sees (unused cache slots, rows past the last segment) may hold anything and is not read
+    seen = valid & (lo < hi)
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
-    k = load_tile(k_base, j.to(tl.int64) * stride_kt, valid, stride_kd, D, BLOCK_D, CHECK=True)
+    k = load_tile(k_base, j.to(tl.int64) * stride_kt, seen, stride_kd, D, BLOCK_D, CHECK=True)
     v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-    v = load_tile(v_base, j.to(tl.int64) * stride_vt, valid, stride_vd, DV, BLOCK_DV, CHECK=True)
+    v = load_tile(v_base, j.to(tl.int64) * stride_vt, seen, stride_vd, DV, BLOCK_DV, CHECK=True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
     for chunk in range(0, group // PACK):
@@ -243,15 +244,17 @@ def _attn_bwd_dkv_kernel(
         for e in tl.range(0, edges, num_stages=STAGES):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q, lo, hi,
-                softmax_scale, softcap, stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
+                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q,
+                hi_last, lo, hi, softmax_scale, softcap,
+                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
                 PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M,
             )  # fmt: skip
         for f in tl.range(0, full, num_stages=STAGES):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q, lo, hi,
-                softmax_scale, softcap, stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
+                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q,
+                hi_last, lo, hi, softmax_scale, softcap,
+                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
                 PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M,
             )  # fmt: skip
     dk = dk * softmax_scale
@@ -281,7 +284,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
-        sink_ptr=call.sinks,
+        sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
         dout_ptr=dout,

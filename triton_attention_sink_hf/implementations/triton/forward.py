@@ -11,17 +11,15 @@ from .primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_t
 
 @triton.jit
 def _attend(
-    acc, l, m, q, k_ptr, v_ptr, padding_ptr, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+    acc, l, m, q, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
     PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2."""
+    """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2. Keys from ``end`` on are not read."""
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    k = load_tile(
-        k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < seqlen_k, stride_kd, D, BLOCK_D, CHECK=MASKED
-    )
+    k = load_tile(k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
     s = matmul(q, k.T)
     if PRESCALE:
         s = s * softmax_scale
@@ -34,7 +32,7 @@ def _attend(
     if MASKED:
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         if HAS_PADDING:
-            real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < seqlen_k, other=0)
+            real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < end, other=0)
             visible = visible & (real != 0)[None, :]
         s = tl.where(visible, s, float("-inf"))
     m_new = tl.maximum(m, tl.max(s, 1) * scale)
@@ -44,9 +42,7 @@ def _attend(
     p = tl.exp2(s * scale - shift[:, None])
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
-    v = load_tile(
-        v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < seqlen_k, stride_vd, DV, BLOCK_DV, CHECK=MASKED
-    )
+    v = load_tile(v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
     acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, l, m_new
 
@@ -90,7 +86,8 @@ def _attn_fwd_kernel(
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
 
     q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-    q = load_tile(q_base, row_offsets(rows, token, stride_qt, stride_qh, PACK), valid, stride_qd, D, BLOCK_D, CHECK=True)
+    q_rows = row_offsets(rows, token, stride_qt, stride_qh, PACK)
+    q = load_tile(q_base, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=True)
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
     padding_base = padding_ptr
@@ -108,14 +105,14 @@ def _attn_fwd_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         acc, l, m = _attend(
-            acc, l, m, q, k_base, v_base, padding_base, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
             stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         acc, l, m = _attend(
-            acc, l, m, q, k_base, v_base, padding_base, n0, seqlen_k, lo, hi, softmax_scale, softcap,
+            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
             stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
@@ -137,7 +134,7 @@ def launch_forward(problem: Problem, out, lse) -> None:
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
-        sink_ptr=call.sinks,
+        sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
         **problem.mask_arguments(),

@@ -1,4 +1,4 @@
-"""What the launchers of this backend share: sizes, packing of heads, kernel arguments, and the ranges of packed rows."""
+"""What the launchers of this backend share: sizes, packing of heads, kernel arguments, ranges of packed rows."""
 
 from __future__ import annotations
 
@@ -42,6 +42,11 @@ class Problem:
         return self.call.k.shape[2]
 
     @cached_property
+    def sinks(self) -> Tensor | None:
+        """(Hq,) without gaps, as the kernels read it."""
+        return None if self.call.sinks is None else self.call.sinks.contiguous()
+
+    @cached_property
     def pack(self) -> int:
         """Query heads in the rows of one tile: they share its keys. A power of two that divides Hq / Hkv."""
         group = self.heads_q // self.heads_k
@@ -62,7 +67,7 @@ class Problem:
 
     @cached_property
     def ranges(self) -> Tensor | None:
-        """For packed rows the intervals of visible keys per query, then of seeing queries per key: int32 (2 Tq + 2 Tk)."""
+        """Packed rows: the intervals of visible keys per query, then of seeing queries per key; int32 (2 Tq + 2 Tk)."""
         mask = self.call.mask
         if not mask.packed:
             return None
@@ -98,7 +103,7 @@ class Problem:
         return {
             "ranges_ptr": self.ranges,
             "padding_ptr": None if padding is None else padding.view(torch.uint8),
-            "seqused_ptr": mask.seqused_k,
+            "seqused_ptr": None if mask.seqused_k is None else mask.seqused_k.contiguous(),
             "softmax_scale": call.softmax_scale,
             "softcap": call.softcap,
             "batch": self.batch,

@@ -57,8 +57,8 @@ def key_interval(
 def tile_plan(lo_first, hi_first, lo_last, hi_last, STEP: tl.constexpr, ALL_EDGE: tl.constexpr):
     """Tiles of STEP positions from ``lo_first`` that cover the intervals of a tile's rows.
 
-    Returns (edges, before, skip, full): ``full`` tiles, numbers ``before`` to ``before + full``, lie in the intervals of
-    all rows and need no mask. The ``edges`` others do: edge e is tile e if e < before, else tile e + skip.
+    Returns (edges, before, skip, full): ``full`` tiles, numbers ``before`` to ``before + full``, lie in the intervals
+    of all rows and need no mask. The ``edges`` others do: edge e is tile e if e < before, else tile e + skip.
     """
     n = tl.cdiv(tl.maximum(hi_last - lo_first, 0), STEP)
     if ALL_EDGE:
