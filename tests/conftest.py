@@ -48,3 +48,48 @@ def poisoned_empty(monkeypatch):
     monkeypatch.setattr(torch, "empty", poison(torch.empty))
     monkeypatch.setattr(torch, "empty_like", poison(torch.empty_like))
     monkeypatch.setattr(torch.Tensor, "new_empty", poison(torch.Tensor.new_empty))
+
+
+@pytest.fixture
+def bounds_checked(monkeypatch):
+    """Interpreted kernels fail if they load or store outside the memory that their tensor arguments span."""
+    from triton.runtime import interpreter
+
+    if GPU:
+        pytest.skip("only the interpreter lets a test see every address")
+    spans: list[tuple[int, int]] = []
+
+    class Watched:
+        """triton's interpreter extension, with the addresses of loads and stores checked first."""
+
+        def __getattr__(self, name):
+            return getattr(extension, name)
+
+        def load(self, pointers, mask, other, dtype):
+            check("load", pointers, mask, dtype.itemsize)
+            return extension.load(pointers, mask, other, dtype)
+
+        def store(self, pointers, values, mask):
+            check("store", pointers, mask, values.dtype.itemsize)
+            return extension.store(pointers, values, mask)
+
+    def check(action, pointers, mask, size):
+        addresses = pointers[mask.astype(bool)].astype("int64")
+        inside = addresses != addresses
+        for start, end in spans:
+            inside |= (addresses >= start) & (addresses + size <= end)
+        assert inside.all(), f"{action} outside every tensor: {(~inside).sum()} of {addresses.size} addresses"
+
+    def launch(self, *args, **kwargs):
+        tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, torch.Tensor) and x.numel()]
+        spans[:] = {(x.data_ptr(), x.data_ptr() + _span(x) * x.element_size()) for x in tensors}
+        return call(self, *args, **kwargs)
+
+    extension, call = interpreter._interpreter, interpreter.GridExecutor.__call__
+    monkeypatch.setattr(interpreter, "_interpreter", Watched())
+    monkeypatch.setattr(interpreter.GridExecutor, "__call__", launch)
+
+
+def _span(x: torch.Tensor) -> int:
+    """Elements from the first to the last of x in memory."""
+    return sum((size - 1) * stride for size, stride in zip(x.shape, x.stride(), strict=True)) + 1
