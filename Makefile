@@ -13,8 +13,7 @@ PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 PIP_LOG := $(VENV)/install.log
-pip-install = $(VENV)/bin/python -m pip install $(TORCH) $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) $(1) \
-	> $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); echo "installation failed; full log: $(PIP_LOG)"; exit 1; }
+PIP_INSTALL = $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
 .PHONY: help demo test lint gpu-test bench clean
 help:
@@ -48,11 +47,10 @@ $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)
 
 $(VENV)/ruff: pyproject.toml constraints.txt | $(VENV)/bin/python
-	@$(VENV)/bin/python -m pip install -q $(if $(CONSTRAINTS),-c $(CONSTRAINTS)) "ruff>=0.8" 2> $(PIP_LOG) \
-		|| { cat $(PIP_LOG); exit 1; }
+	@$(PIP_INSTALL) "ruff>=0.8" > $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
 	@touch $@
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing torch, verl and this package into $(VENV) (2 to 3 minutes the first time; log: $(PIP_LOG))"
-	@$(call pip-install,-e ".[hf,verl,test]")
+	@$(PIP_INSTALL) $(TORCH) -e ".[hf,verl,test]" > $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
 	@touch $@

@@ -92,10 +92,11 @@ def _conclude(run: main_ppo.Run, console: Console, seconds: float) -> int:
     console.print(report.table(result))
     for name, function in sorted(result.attentions):
         console.print(f"attention in the trainer's worker: {name} = {function}", soft_wrap=True)
+    console.print(f"which computes here with: {_implementation(run)}")
     console.print(f"packed rows: up to {result.samples_in_row} samples in one row")
     for name, distance in result.sink_moves.items():
         console.print(f"{name} moved by {distance:.1e} from the initial checkpoint")
-    console.print(f"training took {seconds:.0f} s")
+    console.print(f"verl.trainer.main_ppo took {seconds:.0f} s, most of it to start its processes")
     for failure in result.failures:
         console.print(f"FAILED: {failure}", style="red", soft_wrap=True)
     if not result.failures:
@@ -130,6 +131,17 @@ def _plugin_missing() -> str | None:
     if not any(plugin.value == report.PACKAGE for plugin in entry_points(group="verl.plugins")):
         return "verl must find this package's entry point (pip install -e '.[hf,verl]'), got none installed"
     return None
+
+
+def _implementation(run: main_ppo.Run) -> str:
+    """Which of the package's implementations serves the tiny model on this machine's device, by its own account."""
+    import torch
+    from triton_attention_sink_hf import explain
+
+    device = "cuda" if run.gpu else "cpu"
+    q, kv = torch.zeros(1, 8, 8, 16, device=device), torch.zeros(1, 8, 2, 16, device=device)
+    name = explain(q, kv, kv, torch.zeros(8, device=device)).implementation
+    return "plain torch (reference.py; the Triton kernels need a GPU)" if name == "reference" else name
 
 
 def _has_gpu() -> bool:

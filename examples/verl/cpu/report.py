@@ -100,9 +100,16 @@ def _failures(run: Run, report: Report, calls: list[dict], moves: dict[int, dict
 
 
 def table(report: Report) -> Table:
-    """One line per step."""
-    result = Table(title="trainer (packed rows) against rollout (eager, one sample at a time), fp32")
-    for heading in ("step", "rollout_probs_diff_mean", "_max", "pearson", "grad norm", "sinks moved by (max)"):
+    """One line per step; narrow enough for 80 columns."""
+    result = Table(title="trainer, packed rows, against rollout, eager on single samples (fp32)")
+    for heading in (
+        "step",
+        "rollout_probs\n_diff_mean",
+        "rollout_probs\n_diff_max",
+        "pearson",
+        "grad norm",
+        "sinks\nmoved by",
+    ):
         result.add_column(heading, justify="right")
     for step in report.steps:
         result.add_row(
