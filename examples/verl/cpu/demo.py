@@ -92,7 +92,8 @@ def _conclude(run: main_ppo.Run, console: Console, seconds: float) -> int:
     console.print(report.table(result))
     for name, function in sorted(result.attentions):
         console.print(f"attention in the trainer's worker: {name} = {function}", soft_wrap=True)
-    console.print(f"which computes here with: {_implementation(run)}")
+    if any(function.startswith(report.PACKAGE) for _, function in result.attentions):
+        console.print(f"which computes here with: {_implementation(run)}", soft_wrap=True)
     console.print(f"packed rows: up to {result.samples_in_row} samples in one row")
     for name, distance in result.sink_moves.items():
         console.print(f"{name} moved by {distance:.1e} from the initial checkpoint")
@@ -136,6 +137,7 @@ def _plugin_missing() -> str | None:
 def _implementation(run: main_ppo.Run) -> str:
     """Which of the package's implementations serves the tiny model on this machine's device, by its own account."""
     import torch
+
     from triton_attention_sink_hf import explain
 
     device = "cuda" if run.gpu else "cpu"
