@@ -39,7 +39,7 @@ from .interface import attention_sink
 
 # Keywords that models pass on to the attention function and that do not change what it computes.
 IGNORED_KEYWORDS = {
-    "cache_position", "input_ids", "inputs_embeds", "is_first_iteration", "labels", "layer_idx",
+    "cache_params", "cache_position", "input_ids", "inputs_embeds", "is_first_iteration", "labels", "layer_idx",
     "logits_to_keep", "mm_token_type_ids", "num_items_in_batch", "num_logits_to_keep", "output_hidden_states",
     "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
