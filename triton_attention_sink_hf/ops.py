@@ -43,7 +43,7 @@ def attention_forward(
     mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
     call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
     out, lse = _empty_outputs(q, v)
-    load(implementation).forward(call, out, lse)
+    load(implementation).run_forward(call, out, lse)
     return out, lse
 
 
@@ -85,7 +85,7 @@ def attention_backward(
     call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
     dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks, need_dkv)
     dout = torch.zeros_like(out) if dout is None else dout
-    load(implementation).backward(
+    load(implementation).run_backward(
         call, out, lse, dout, dlse, dq, dk if need_dkv else None, dv if need_dkv else None,
         None if sinks is None else dsinks,
     )  # fmt: skip

@@ -9,7 +9,7 @@ from __future__ import annotations
 import importlib
 from types import ModuleType
 
-KERNELS = ("triton",)  # fastest first
+KERNELS = ("triton_window", "triton")  # fastest first
 REFERENCE = "reference"
 
 

@@ -13,7 +13,7 @@ except ImportError as error:
 from ...call import Call
 from .backward import launch_backward
 from .forward import launch_forward
-from .launch import Problem
+from .launch import MAX_PACK, Problem
 
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -27,19 +27,19 @@ def supports(call: Call) -> str | None:
     if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
         return f"the Triton kernels need a GPU (or TRITON_INTERPRET=1 on a CPU), got device {q.device}"
     for name, x in (("q", q), ("k", call.k), ("v", call.v)):
-        # inside a tile of at most 128 rows offsets are 32-bit
-        if max(x.stride(1), x.stride(2)) * 128 + x.stride(3) * 256 >= 2**31:
-            return f"{name}'s strides must stay below 2 ** 24 elements, got {tuple(x.stride())}"
+        # offsets inside a tile are 32-bit: at most 128 tokens, MAX_PACK heads, 256 columns
+        if x.stride(1) * 128 + x.stride(2) * MAX_PACK + x.stride(3) * 256 >= 2**31:
+            return f"{name}'s strides must span less than 2 ** 31 elements in a tile, got {tuple(x.stride())}"
     return None
 
 
-def forward(call: Call, out: Tensor, lse: Tensor) -> None:
+def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32."""
     if out.numel():
         launch_forward(Problem(call), out, lse)
 
 
-def backward(
+def run_backward(
     call: Call,
     out: Tensor,
     lse: Tensor,

@@ -96,16 +96,12 @@ class Problem:
             )
         return ranges
 
-    def mask_arguments(self) -> dict:
-        """Arguments that all attention kernels take: sizes, scales, the mask and their compile-time switches."""
+    def sizes(self) -> dict:
+        """Arguments that every kernel takes."""
         call, mask = self.call, self.call.mask
-        padding = mask.key_padding_mask
         return {
             "ranges_ptr": self.ranges,
-            "padding_ptr": None if padding is None else padding.view(torch.uint8),
-            "seqused_ptr": None if mask.seqused_k is None else mask.seqused_k.contiguous(),
             "softmax_scale": call.softmax_scale,
-            "softcap": call.softcap,
             "batch": self.batch,
             "seqlen_q": self.seqlen_q,
             "seqlen_k": self.seqlen_k,
@@ -113,22 +109,33 @@ class Problem:
             "heads_k": self.heads_k,
             "left": mask.left,
             "right": mask.right,
-            "stride_pb": 0 if padding is None else padding.stride(0),
-            "stride_pt": 0 if padding is None else padding.stride(1),
             "HAS_SINK": call.sinks is not None,
-            "HAS_LEFT": mask.left >= 0,
-            "HAS_RIGHT": mask.right >= 0,
             "PACKED": mask.packed,
-            "HAS_SEQUSED": mask.seqused_k is not None,
-            "HAS_PADDING": padding is not None,
-            # -inf must stay -inf under the scale, which therefore is applied before the mask unless it is positive
-            "PRESCALE": call.softcap > 0.0 or call.softmax_scale <= 0.0,
-            "HAS_SOFTCAP": call.softcap > 0.0,
             "D": call.q.shape[-1],
             "DV": call.v.shape[-1],
             "BLOCK_D": self.block_d,
             "BLOCK_DV": self.block_dv,
             "PACK": self.pack,
+        }
+
+    def mask_arguments(self) -> dict:
+        """``sizes`` and what the kernels for any mask take: padding, used lengths, softcap, their switches."""
+        call, mask = self.call, self.call.mask
+        padding = mask.key_padding_mask
+        return {
+            **self.sizes(),
+            "padding_ptr": None if padding is None else padding.view(torch.uint8),
+            "seqused_ptr": None if mask.seqused_k is None else mask.seqused_k.contiguous(),
+            "softcap": call.softcap,
+            "stride_pb": 0 if padding is None else padding.stride(0),
+            "stride_pt": 0 if padding is None else padding.stride(1),
+            "HAS_LEFT": mask.left >= 0,
+            "HAS_RIGHT": mask.right >= 0,
+            "HAS_SEQUSED": mask.seqused_k is not None,
+            "HAS_PADDING": padding is not None,
+            # -inf must stay -inf under the scale, which therefore is applied before the mask unless it is positive
+            "PRESCALE": call.softcap > 0.0 or call.softmax_scale <= 0.0,
+            "HAS_SOFTCAP": call.softcap > 0.0,
         }
 
 

@@ -1,0 +1,1 @@
+"""The benchmark: cases as data, peers where they are installed, correctness before every time."""

@@ -1,0 +1,143 @@
+"""Check, then time: one case after another, every implementation in the same run on the same card."""
+
+from __future__ import annotations
+
+import gc
+import platform
+import subprocess
+import time
+from collections.abc import Callable, Iterable, Iterator
+from pathlib import Path
+
+import torch
+import triton
+from torch import Tensor
+
+from .cases import Case
+from .oracle import errors
+from .peers import GRADIENTS, PEERS, Runner, Unsupported
+
+# A wrong kernel is off by 0.1 or more; bf16 gradients of these shapes stay under 0.02 for every right one.
+LIMIT = {"out": 0.01, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dsink": 0.05}
+WARMUP_MS, REPEAT_MS = 50, 200
+
+
+def make_tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
+    """Random q, k, v, dout in bf16 (B, S, H, D) and sinks fp32 from -3 to 8, exact in bf16."""
+    generator = torch.Generator("cuda").manual_seed(seed)
+
+    def normal(heads: int) -> Tensor:
+        shape = (case.batch, case.seqlen, heads, case.head_dim)
+        return torch.randn(shape, device="cuda", generator=generator, dtype=torch.float32).bfloat16()
+
+    sinks = torch.linspace(-3, 8, case.heads_q, device="cuda").bfloat16().float()
+    q, k, v, dout = (normal(heads) for heads in (case.heads_q, case.heads_k, case.heads_k, case.heads_q))
+    return {"q": q, "k": k, "v": v, "sinks": sinks, "dout": dout}
+
+
+def time_ms(function: Callable) -> dict[str, float]:
+    """Median, 20th and 80th percentile in ms, L2 flushed between repetitions."""
+    median, low, high = triton.testing.do_bench(function, warmup=WARMUP_MS, rep=REPEAT_MS, quantiles=[0.5, 0.2, 0.8])
+    return {"ms": median, "ms_p20": low, "ms_p80": high}
+
+
+def host_us(function: Callable, calls: int = 50) -> float:
+    """Microseconds of host time per call, the queue kept short."""
+    function()
+    torch.cuda.synchronize()
+    samples = []
+    for _ in range(calls):
+        start = time.perf_counter()
+        function()
+        samples.append(time.perf_counter() - start)
+        torch.cuda.synchronize()
+    return sorted(samples)[calls // 2] * 1e6
+
+
+def extra_memory(function: Callable) -> int:
+    """Bytes at the peak of a call beyond what it returns."""
+    function()
+    torch.cuda.synchronize()
+    gc.collect()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    result = function()
+    torch.cuda.synchronize()
+    held = torch.cuda.memory_allocated() - before
+    del result
+    return torch.cuda.max_memory_allocated() - before - held
+
+
+def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Iterator[dict]:
+    """One row per implementation and direction. A failed check or call gives a row with ``problem`` and no time."""
+    tensors = make_tensors(case)
+    for name in names:
+        row = {"case": case.name, "implementation": name}
+        try:
+            runner = PEERS[name](case, tensors)
+            row["errors"] = _check(case, tensors, runner)
+        except (ImportError, Unsupported) as reason:
+            yield {**row, "problem": str(reason)}
+            continue
+        except Exception as error:  # a peer may fail in any way; the table says how
+            yield {**row, "problem": f"{type(error).__name__}: {str(error)[:300]}"}
+            continue
+        bad = {key: value for key, value in row["errors"].items() if not value <= LIMIT[key]}
+        if bad:
+            yield {**row, "problem": f"wrong: relative error {bad}"}
+            continue
+        for direction in ("forward", "backward"):
+            function = getattr(runner, direction)
+            if function is None:
+                continue
+            log(f"{case.name}: {name}, {direction}")
+            yield {
+                **row,
+                "direction": direction,
+                **time_ms(function),
+                "host_us": host_us(function),
+                "extra_bytes": extra_memory(function),
+            }
+        del runner
+        gc.collect()
+        torch.cuda.empty_cache()
+
+
+def _check(case: Case, tensors: dict[str, Tensor], runner: Runner) -> dict[str, float]:
+    with torch.no_grad():
+        got = {"out": runner.forward()}
+    if runner.backward is not None:
+        got.update(zip(GRADIENTS, runner.backward(), strict=True))
+    return errors(got, case, tensors)
+
+
+def ceilings() -> dict[str, float]:
+    """The card's copy rate (read + written, TB/s) and bf16 matrix rate (TFLOP/s), measured now."""
+    x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
+    y = torch.empty_like(x)
+    copy = 2 * x.numel() * 2 / time_ms(lambda: y.copy_(x))["ms"] / 1e9
+    a = torch.randn(8192, 8192, device="cuda").bfloat16()
+    b = torch.randn(8192, 8192, device="cuda").bfloat16()
+    matmul = 2 * 8192**3 / time_ms(lambda: a @ b)["ms"] / 1e9
+    return {"copy_tb_s": copy, "matmul_tflop_s": matmul}
+
+
+def environment() -> dict[str, str]:
+    """Card, driver, versions and commit: what a reader needs to judge a number."""
+
+    def output(*command: str, cwd: Path | None = None) -> str:
+        try:
+            return subprocess.run(command, capture_output=True, text=True, check=True, cwd=cwd).stdout.strip()
+        except (OSError, subprocess.CalledProcessError):
+            return "unknown"
+
+    here = Path(__file__).parent
+    return {
+        "card": torch.cuda.get_device_name(),
+        "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
+        "torch": torch.__version__,
+        "triton": triton.__version__,
+        "python": platform.python_version(),
+        "commit": output("git", "describe", "--always", "--dirty", cwd=here),
+        "date": time.strftime("%Y-%m-%d"),
+    }

@@ -1,0 +1,121 @@
+"""What the measured rows say: ratios, percent of the floor, the terminal table and the plots."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from .cases import CASES, GPT_OSS_PAIR, Case
+
+OURS = "ours"
+
+
+def floor_ms(case: Case, direction: str, ceilings: dict[str, float]) -> float:
+    """No kernel is faster: operations over the matrix rate or bytes over the copy rate, whichever takes longer."""
+    compute = case.flops(direction) / ceilings["matmul_tflop_s"] / 1e9
+    memory = case.bytes(direction) / ceilings["copy_tb_s"] / 1e9
+    return max(compute, memory)
+
+
+def summarise(rows: list[dict], ceilings: dict[str, float]) -> list[dict]:
+    """One line per case and direction: our time, the best peer's, their ratio, percent of the floor, TFLOP/s."""
+    lines = []
+    for case in CASES:
+        for direction in ("forward", "backward"):
+            times = {
+                row["implementation"]: row
+                for row in rows
+                if row["case"] == case.name and row.get("direction") == direction
+            }
+            if OURS not in times:
+                continue
+            peers = {name: row["ms"] for name, row in times.items() if name != OURS}
+            best = min(peers, key=peers.get) if peers else None
+            ms = times[OURS]["ms"]
+            lines.append(
+                {
+                    "case": case.name,
+                    "direction": direction,
+                    "ms": ms,
+                    "spread": (times[OURS]["ms_p80"] - times[OURS]["ms_p20"]) / ms,
+                    "tflop_s": case.flops(direction) / ms / 1e9,
+                    "percent_of_floor": 100 * floor_ms(case, direction, ceilings) / ms,
+                    "host_us": times[OURS]["host_us"],
+                    "extra_bytes": times[OURS]["extra_bytes"],
+                    "best_peer": best,
+                    "best_peer_ms": peers.get(best),
+                    "speedup": peers[best] / ms if best else None,
+                    "peers_ms": peers,
+                }
+            )
+    return lines
+
+
+def pair_ms(rows: list[dict]) -> dict[str, float]:
+    """Milliseconds of a gpt-oss layer pair (one full, one windowed layer, forward and backward) per implementation."""
+    result: dict[str, float] = {}
+    for name in {row["implementation"] for row in rows}:
+        times = [
+            row["ms"] for row in rows if row["implementation"] == name and row["case"] in GPT_OSS_PAIR and "ms" in row
+        ]
+        if len(times) == 2 * len(GPT_OSS_PAIR):
+            result[name] = sum(times)
+    return result
+
+
+def table(lines: list[dict]) -> str:
+    """Plain text, one line per case and direction."""
+    text = [
+        f"{'case':26s} {'':8s} {'ms':>8s} {'TFLOP/s':>8s} {'% floor':>8s} {'host us':>8s}  {'best peer':>26s} {'ratio':>6s}"
+    ]
+    for line in lines:
+        peer, ratio = "-", "-"
+        if line["best_peer"]:
+            peer, ratio = f"{line['best_peer']} {line['best_peer_ms']:.3f}", f"{line['speedup']:.2f}"
+        text.append(
+            f"{line['case']:26s} {line['direction']:8s} {line['ms']:8.3f} {line['tflop_s']:8.0f} "
+            f"{line['percent_of_floor']:8.0f} {line['host_us']:8.0f}  {peer:>26s} {ratio:>6s}"
+        )
+    return "\n".join(text)
+
+
+def problems(rows: list[dict]) -> list[str]:
+    """What was not measured, and why."""
+    return sorted({f"{row['case']}: {row['implementation']}: {row['problem']}" for row in rows if "problem" in row})
+
+
+def plot(lines: list[dict], title: str, directory: Path) -> list[Path]:
+    """Two PNGs, forward and backward: speed relative to the best peer would hide the peers, so times as bars."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    directory.mkdir(parents=True, exist_ok=True)
+    paths = []
+    for direction in ("forward", "backward"):
+        chosen = [line for line in lines if line["direction"] == direction]
+        if not chosen:
+            continue
+        names = [OURS] + sorted({name for line in chosen for name in line["peers_ms"]} - {"eager"})
+        figure, axis = plt.subplots(figsize=(11, 0.62 * len(chosen) + 1.6))
+        height = 0.84 / len(names)
+        colors = ["#d1495b", "#30638e", "#00798c", "#edae49", "#8d96a3", "#66a182"]
+        for n, name in enumerate(names):
+            speeds = []
+            for line in chosen:
+                ms = line["ms"] if name == OURS else line["peers_ms"].get(name)
+                speeds.append(line["ms"] / ms * line["tflop_s"] if ms else 0.0)
+            y = [row + (n - (len(names) - 1) / 2) * height for row in range(len(chosen))]
+            axis.barh(y, speeds, height, label=name, color=colors[n % len(colors)])
+        axis.set_yticks(range(len(chosen)), [line["case"] for line in chosen])
+        axis.invert_yaxis()
+        axis.set_xlabel("TFLOP/s of visible scores (more is better)")
+        axis.set_title(f"{direction}, {title}")
+        axis.legend(loc="upper right", frameon=False)
+        axis.spines[["top", "right"]].set_visible(False)
+        figure.tight_layout()
+        path = directory / f"{direction}.png"
+        figure.savefig(path, dpi=120)
+        plt.close(figure)
+        paths.append(path)
+    return paths

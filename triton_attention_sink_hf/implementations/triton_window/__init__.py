@@ -1,0 +1,55 @@
+"""Triton kernels for short causal windows (gpt-oss: 128), dense or packed: what they read and write is the floor."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from ...call import Call
+from .. import triton as portable
+from ..triton.launch import Problem
+from .backward import launch_backward
+from .config import MAX_LEFT
+from .forward import launch_forward
+
+
+def supports(call: Call) -> str | None:
+    """Why these kernels cannot serve ``call``; None if they can."""
+    mask = call.mask
+    if not 0 <= mask.left <= MAX_LEFT or mask.right != 0:
+        return f"the window kernels take causal windows of at most {MAX_LEFT + 1} keys, got {(mask.left, mask.right)}"
+    if mask.key_padding_mask is not None or mask.seqused_k is not None:
+        return "the window kernels take neither key_padding_mask nor seqused_k"
+    if mask.packed and mask.cu_seqlens_q is not mask.cu_seqlens_k:
+        return "the window kernels take packed rows only with one cu_seqlens for queries and keys"
+    if call.softcap > 0.0 or call.softmax_scale <= 0.0:
+        return "the window kernels take a positive softmax_scale and no softcap"
+    if call.q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the window kernels take bfloat16 or float16, got {call.q.dtype}"
+    if max(call.q.shape[-1], call.v.shape[-1]) > 128:
+        return "the window kernels take head dimensions up to 128"
+    return portable.supports(call)
+
+
+def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32."""
+    if out.numel():
+        launch_forward(Problem(call), out, lse)
+
+
+def run_backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dsinks: Tensor | None,
+) -> None:
+    """Write dq, and dk, dv (inputs' dtypes) and dsinks (Hq,) fp32 where given."""
+    if out.numel() and call.k.numel():
+        launch_backward(Problem(call), lse, dout, dlse, dq, dk, dv, dsinks)
+    else:
+        portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)

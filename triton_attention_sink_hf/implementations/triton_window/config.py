@@ -1,0 +1,60 @@
+"""Launch numbers of the window kernels, each with its reason."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import lru_cache
+
+import torch
+import triton
+
+MAX_LEFT = 128  # at 64 rows, 144 scores a row in fp32 are what the registers of 4 warps hold
+ROWS = 64  # one warpgroup's matrix instruction
+
+
+@dataclass(frozen=True)
+class WindowConfig:
+    """Tokens of a query tile and, for dk and dv, keys of a tile; ``parts``: a tile's rows in so many turns.
+
+    ``per_sm``: resident programs per multiprocessor of a persistent kernel.
+    """
+
+    tokens: int
+    num_warps: int
+    num_stages: int
+    parts: int = 1
+    keys: int = 0
+    per_sm: int = 1
+
+
+def band_size(problem) -> int:
+    """Keys before a tile that its kernels load: the window's left side, rounded up to a power of two."""
+    return max(triton.next_power_of_2(problem.call.mask.left), 32)
+
+
+def forward_config(problem) -> WindowConfig:
+    """Two turns of 64 rows share one load of the keys; two programs of 4 warps hide each other's latency (H100)."""
+    tokens = max(16, ROWS // problem.pack)
+    return WindowConfig(tokens, num_warps=4, num_stages=2, parts=tokens * problem.pack // ROWS, per_sm=2)
+
+
+def dq_config(problem) -> WindowConfig:
+    """128 rows over 8 warps: scores and dP of a whole row beside each other in registers (H100)."""
+    tokens = max(16, ROWS // problem.pack)
+    warps = 8 if tokens * problem.pack > ROWS else 4
+    return WindowConfig(tokens, num_warps=warps, num_stages=3 if problem.block_d <= 64 else 1)
+
+
+def dkv_config(problem) -> WindowConfig:
+    """64 keys against steps of 64 rows, three steps in flight (H100)."""
+    return WindowConfig(ROWS // problem.pack, num_warps=4, num_stages=3 if problem.block_d <= 64 else 2, keys=64)
+
+
+def programs(problem, config: WindowConfig) -> int:
+    """Grid of a persistent kernel: what the card holds at once."""
+    return _multiprocessors(problem.call.q.device) * config.per_sm
+
+
+@lru_cache
+def _multiprocessors(device: torch.device) -> int:
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
