@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from .demo import demo
-from .doctor import doctor
-from .export import export
+from . import demo, doctor, export
 
 app = typer.Typer(
     help="Exact attention with learned sinks, switched on by attn_implementation: triton_attention_sink",
@@ -14,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (doctor, demo, export):
+for command in (doctor.doctor, demo.demo, export.export):
     app.command()(command)
 
 

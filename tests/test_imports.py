@@ -1,0 +1,116 @@
+"""Imports point down only, cost nothing that was not asked for, and survive what is not installed. Fresh processes."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+PACKAGE = "triton_attention_sink_hf"
+TRITON, INTERFACE, OPS = f"{PACKAGE}.implementations.triton", f"{PACKAGE}.interface", f"{PACKAGE}.ops"
+ABOVE_OPS = (
+    INTERFACE,
+    f"{PACKAGE}.flash_attn_api",
+    f"{PACKAGE}.flash_attention_triton_sink",
+    f"{PACKAGE}.integrations",
+)
+
+# The package's __init__ registers with transformers, which imports triton: a stand-in shows what a module itself needs.
+BARE_PACKAGE = f"""
+import sys, types
+package = types.ModuleType({PACKAGE!r})
+package.__path__ = [{str(ROOT / PACKAGE)!r}]
+package.__version__ = "0"
+sys.modules[{PACKAGE!r}] = package
+"""
+
+# As if the named distribution were not installed: no finder finds it.
+WITHOUT = """
+import sys
+from importlib.machinery import PathFinder
+class Finder(PathFinder):
+    @classmethod
+    def find_spec(cls, name, path=None, target=None):
+        return None if name.split(".")[0] == {absent!r} else PathFinder.find_spec(name, path, target)
+sys.meta_path = [finder for finder in sys.meta_path if finder is not PathFinder] + [Finder]
+"""
+
+USE_REFERENCE = f"""
+import torch
+from {PACKAGE} import attention_sink, explain
+q = torch.randn(1, 5, 2, 16)
+assert attention_sink(q, q, q, torch.zeros(2)).shape == q.shape
+"""
+
+
+def run(code: str) -> str:
+    """Run code in a fresh interpreter that sees the checkout; its stderr. Fails the test if the code fails."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
+    assert done.returncode == 0, done.stderr
+    return done.stderr
+
+
+@pytest.mark.parametrize(
+    ("module", "forbidden"),
+    [
+        ("masks", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS)),
+        ("reference", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS)),
+        ("validation", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS)),
+        ("implementations.triton", ("transformers", "verl", OPS, f"{PACKAGE}.reference", *ABOVE_OPS)),
+        ("ops", ("triton", "transformers", "verl", TRITON, f"{PACKAGE}.reference", *ABOVE_OPS)),
+        ("interface", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS[1:])),
+        ("flash_attn_api", ("triton", "transformers", "verl", *ABOVE_OPS[2:])),
+        ("flash_attention_triton_sink", ("transformers", "verl", TRITON, OPS, f"{PACKAGE}.cli")),
+        ("cli", ("torch", "triton", "transformers", "verl")),
+    ],
+)
+def test_a_module_imports_only_what_lies_below_it(module, forbidden):
+    run(f"""{BARE_PACKAGE}
+import {PACKAGE}.{module}
+imported = [name for name in {forbidden!r} if name in sys.modules]
+assert not imported, imported
+""")
+
+
+def test_importing_the_package_does_not_touch_the_gpu():
+    run(f"""
+import torch
+def touched(*_):
+    raise RuntimeError("CUDA was initialised")
+torch.cuda._lazy_init = torch.cuda.get_device_properties = torch.cuda.current_device = touched
+import {PACKAGE}
+assert not torch.cuda.is_initialized()
+""")
+
+
+def test_importing_the_package_imports_no_trainer_and_no_command_line():
+    run(f"""
+import sys, {PACKAGE}
+imported = [name for name in ("verl", "trl", "ray", "{PACKAGE}.cli", "{PACKAGE}.checks") if name in sys.modules]
+assert not imported, imported
+""")
+
+
+def test_without_transformers_the_functional_interface_works():
+    stderr = run(WITHOUT.format(absent="transformers") + USE_REFERENCE + "assert 'transformers' not in sys.modules")
+    assert "not registered" not in stderr
+
+
+def test_an_unusable_transformers_is_said_and_the_functional_interface_works():
+    pretend = "import sys, types; sys.modules['transformers'] = types.ModuleType('transformers')\n"
+    stderr = run(pretend + USE_REFERENCE)
+    assert "not registered with transformers" in stderr
+    assert "4.57" in stderr
+
+
+def test_without_triton_the_reference_serves_and_explain_says_why():
+    code = WITHOUT.format(absent="triton") + USE_REFERENCE
+    code += """
+explanation = explain(q, q, q)
+assert explanation.implementation == "reference"
+assert "triton must be installed" in explanation.reasons["triton"], explanation.reasons
+"""
+    run(code)
