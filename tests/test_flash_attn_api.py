@@ -1,0 +1,156 @@
+"""flash-attn's names: each call equals the attention_sink call it stands for; what cannot be honoured raises."""
+
+import inspect
+
+import pytest
+import torch
+
+from triton_attention_sink_hf import (
+    attention_sink,
+    flash_attn_func,
+    flash_attn_varlen_func,
+    flash_attn_with_kvcache,
+)
+
+B, S, H, HKV, D = 2, 9, 4, 2, 16
+SINKS = torch.tensor([-10.0, 0.0, 5.0, 20.0])
+
+
+def inputs(batch=B, seqlen=S, dtype=torch.float32):
+    generator = torch.Generator().manual_seed(0)
+    return tuple(torch.randn(batch, seqlen, n, D, generator=generator, dtype=dtype) for n in (H, HKV, HKV))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+@pytest.mark.parametrize("window_size", [(-1, -1), (3, 3)])
+def test_func(causal, window_size):
+    q, k, v = inputs()
+    options = dict(softmax_scale=0.3, causal=causal, window_size=window_size, softcap=2.0)
+    found = flash_attn_func(q, k, v, s_aux=SINKS, deterministic=True, **options)
+    torch.testing.assert_close(found, attention_sink(q, k, v, SINKS, **options), rtol=0, atol=0)
+    assert not torch.equal(found, flash_attn_func(q, k, v, **options))
+
+
+def test_func_is_differentiable_in_the_sinks():
+    q, k, v = inputs(dtype=torch.float64)
+    sinks = SINKS.double().requires_grad_()
+    (gradient,) = torch.autograd.grad(flash_attn_func(q, k, v, causal=True, s_aux=sinks).square().sum(), sinks)
+    assert (gradient != 0).all()
+
+
+def test_defaults_are_flash_attns():
+    q, k, v = inputs()
+    torch.testing.assert_close(flash_attn_func(q, k, v), attention_sink(q, k, v, causal=False), rtol=0, atol=0)
+
+
+def test_varlen_func():
+    q, k, v = (x.flatten(0, 1) for x in inputs())
+    cu = torch.tensor([0, 4, 11, 18], dtype=torch.int32)
+    found = flash_attn_varlen_func(q, k, v, cu, cu, 7, torch.tensor(7), causal=True, window_size=[2, 0], s_aux=SINKS)
+    for start, end in ((0, 4), (4, 11), (11, 18)):
+        rows = (x[None, start:end] for x in (q, k, v))
+        expected = attention_sink(*rows, SINKS, window_size=(2, 0))[0]
+        torch.testing.assert_close(found[start:end], expected)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kvcache_appends_in_place(causal):
+    q, k, v = inputs(seqlen=3)
+    k_cache, v_cache = torch.full((B, 8, HKV, D), 1e3), torch.full((B, 8, HKV, D), 1e3)
+    lengths = (2, 4)
+    _, old_k, old_v = inputs(seqlen=4)
+    for row, n in enumerate(lengths):
+        k_cache[row, :n], v_cache[row, :n] = old_k[row, :n], old_v[row, :n]
+    address = k_cache.data_ptr()
+    seqlens = torch.tensor(lengths, dtype=torch.int32)
+    found, lse = flash_attn_with_kvcache(
+        q, k_cache, v_cache, k, v, cache_seqlens=seqlens, causal=causal, s_aux=SINKS, return_softmax_lse=True
+    )
+    assert k_cache.data_ptr() == address and seqlens.tolist() == list(lengths)
+    for row, n in enumerate(lengths):
+        keys, values = torch.cat([old_k[row, :n], k[row]])[None], torch.cat([old_v[row, :n], v[row]])[None]
+        torch.testing.assert_close(k_cache[row, : n + 3], keys[0])
+        torch.testing.assert_close(v_cache[row, : n + 3], values[0])
+        assert (k_cache[row, n + 3 :] == 1e3).all()
+        expected, expected_lse = attention_sink(q[row : row + 1], keys, values, SINKS, causal=causal, return_lse=True)
+        torch.testing.assert_close(found[row : row + 1], expected)
+        torch.testing.assert_close(lse[row : row + 1], expected_lse)
+
+
+def test_kvcache_reads_only():
+    q, k, v = inputs(seqlen=6)
+    q = q[:, :1]
+    torch.testing.assert_close(flash_attn_with_kvcache(q, k, v, s_aux=SINKS), attention_sink(q, k, v, SINKS))
+    found = flash_attn_with_kvcache(q, k, v, cache_seqlens=4, s_aux=SINKS)
+    torch.testing.assert_close(found, attention_sink(q, k[:, :4], v[:, :4], SINKS))
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_gradients_flow_through_an_append(causal):
+    """No detaching behind the caller's back: the new keys get the gradient they have in the cache."""
+    q, k, v = inputs(seqlen=2, dtype=torch.float64)
+    k.requires_grad_()
+    k_cache, v_cache = torch.zeros(B, 4, HKV, D).double(), torch.zeros(B, 4, HKV, D).double()
+    out = flash_attn_with_kvcache(q, k_cache, v_cache, k, v, cache_seqlens=0, causal=causal, s_aux=SINKS.double())
+    (found,) = torch.autograd.grad(out.square().sum(), k)
+    expected = attention_sink(q, k, v, SINKS.double(), causal=causal)
+    torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), k)[0])
+
+
+TENSOR = torch.zeros(1)
+REFUSED = [
+    (flash_attn_func, dict(dropout_p=0.1), "dropout_p must be 0.0, got 0.1"),
+    (flash_attn_func, dict(alibi_slopes=TENSOR), "alibi_slopes must be None, got a tensor"),
+    (flash_attn_func, dict(return_attn_probs=True), "return_attn_probs must be False, got True"),
+    (flash_attn_func, dict(s_aux=torch.zeros(3)), "sinks must be (Hq,) = (4,)"),
+    (flash_attn_varlen_func, dict(dropout_p=0.1), "dropout_p must be 0.0, got 0.1"),
+    (flash_attn_varlen_func, dict(block_table=TENSOR), "block_table must be None, got a tensor"),
+    (flash_attn_varlen_func, dict(alibi_slopes=TENSOR), "alibi_slopes must be None, got a tensor"),
+    (flash_attn_varlen_func, dict(return_attn_probs=True), "return_attn_probs must be False, got True"),
+    (flash_attn_with_kvcache, dict(rotary_cos=TENSOR), "rotary_cos must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(rotary_sin=TENSOR), "rotary_sin must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(block_table=TENSOR), "block_table must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(cache_batch_idx=TENSOR), "cache_batch_idx must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(cache_leftpad=TENSOR), "cache_leftpad must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(alibi_slopes=TENSOR), "alibi_slopes must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(cache_seqlens=S + 1), "seqused_k must be between 0 and Sk = 9, got 10..10"),
+    (flash_attn_with_kvcache, dict(k=inputs()[1]), "k and v must both be given"),
+    (flash_attn_with_kvcache, dict(k=inputs()[1], v=inputs()[2]), "cache_seqlens must be given"),
+    (flash_attn_with_kvcache, dict(k=TENSOR, v=TENSOR, cache_seqlens=0), "k must be (2, 'Snew', 2, 16)"),
+    (
+        flash_attn_with_kvcache,
+        dict(k=inputs()[1], v=inputs()[2][:, :1], cache_seqlens=0),
+        "v must have k's 9 new keys, got 1",
+    ),
+    (
+        flash_attn_with_kvcache,
+        dict(k=inputs()[1], v=inputs()[2], cache_seqlens=torch.zeros(B)),
+        "cache_seqlens must be an int or int32 (B,) = (2,)",
+    ),
+]
+
+
+@pytest.mark.parametrize("function, arguments, message", REFUSED, ids=[message for *_, message in REFUSED])
+def test_refusals(function, arguments, message):
+    q, k, v = inputs()
+    if function is flash_attn_varlen_func:
+        cu = torch.tensor([0, B * S], dtype=torch.int32)
+        q, k, v = (x.flatten(0, 1) for x in (q, k, v))
+        arguments = dict(cu_seqlens_q=cu, cu_seqlens_k=cu, **arguments)
+    with pytest.raises(ValueError) as error:
+        function(q, k, v, **arguments)
+    assert message in str(error.value)
+
+
+def test_new_keys_that_do_not_fit_the_cache_raise():
+    q, k, v = inputs()
+    with pytest.raises((IndexError, ValueError)):
+        flash_attn_with_kvcache(q, k.clone(), v.clone(), k, v, cache_seqlens=1)
+
+
+@pytest.mark.parametrize("function", [flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache])
+def test_parameters_that_transformers_looks_for(function):
+    """Its wrapper of a Hub kernel passes what it finds in the signature: sinks would be dropped without s_aux."""
+    parameters = inspect.signature(function).parameters
+    assert {"softmax_scale", "causal", "window_size", "softcap", "s_aux"} <= parameters.keys()
+    assert not any(p.kind is p.VAR_KEYWORD for p in parameters.values())
