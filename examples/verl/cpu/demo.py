@@ -43,17 +43,18 @@ def main() -> int:
     console.print(f"attn_implementation: [bold]{run.attention}[/bold]", soft_wrap=True)
     console.print(f"trainer on the {'GPU' if run.gpu else 'CPU'}, {_versions()}; full log: {run.log}", soft_wrap=True)
     begin = time.monotonic()
-    returncode = _train(run, console)
+    returncode = _train(run, arguments.limit, console)
     if returncode != 0:
         with open(run.log, errors="replace") as log:
             console.print("".join(deque(log, TAIL)), markup=False, highlight=False, soft_wrap=True)
-        console.print(f"main_ppo ended with status {returncode}; full log: {run.log}", style="red", soft_wrap=True)
+        reason = f"took more than {arguments.limit} s" if returncode is None else f"ended with status {returncode}"
+        console.print(f"FAILED: main_ppo {reason}; full log: {run.log}", style="red", soft_wrap=True)
         return 1
     return _conclude(run, console, time.monotonic() - begin)
 
 
-def _train(run: main_ppo.Run, console: Console) -> int:
-    """Run the trainer under a progress display; returns its exit status."""
+def _train(run: main_ppo.Run, limit: int, console: Console) -> int | None:
+    """Run the trainer under a progress display; returns its exit status, None if it took more than ``limit`` seconds."""
     text = TextColumn("{task.description}")
     columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -61,8 +62,8 @@ def _train(run: main_ppo.Run, console: Console) -> int:
         _write_inputs(run)
         with main_ppo.started(run) as process:
             progress.update(task, description="starting verl.trainer.main_ppo")
-            phase, done = None, 0
-            while True:
+            phase, done, deadline = None, 0, time.monotonic() + limit
+            while time.monotonic() < deadline:
                 ended = process.poll() is not None
                 log = run.log.read_text(errors="replace")
                 latest = next((name for mark, name in reversed(PHASES.items()) if mark in log), phase)
@@ -76,6 +77,7 @@ def _train(run: main_ppo.Run, console: Console) -> int:
                 if ended:
                     return process.returncode
                 time.sleep(0.3)
+            return None
 
 
 def _write_inputs(run: main_ppo.Run) -> None:
@@ -113,6 +115,7 @@ def _arguments() -> argparse.Namespace:
         help="value of attn_implementation; 'path' stands for the absolute path of the installed package's folder",
     )
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--limit", type=int, default=600, help="seconds after which the trainer is ended")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for model, log and metrics")
     arguments = parser.parse_args()
     if arguments.steps < 1:

@@ -58,7 +58,7 @@ class Run:
         return self.folder / "observations.jsonl"
 
 
-def command(run: Run, ray_folder: str) -> list[str]:
+def command(run: Run, ray_folder: Path) -> list[str]:
     """The command line. The first override is the whole of this package's configuration; the rest is an ordinary
     GRPO run in fp32, made small."""
     overrides = {
@@ -117,7 +117,7 @@ def command(run: Run, ray_folder: str) -> list[str]:
     if not run.gpu:
         overrides |= {"trainer.device": "cpu", "+ray_kwargs.ray_init.num_gpus": 1}
     pairs = [f"{key}={_hydra(value)}" for key, value in overrides.items()]
-    return [sys.executable, "-m", "verl.trainer.main_ppo", *pairs, *run.overrides]
+    return [_interpreter(ray_folder), "-m", "verl.trainer.main_ppo", *pairs, *run.overrides]
 
 
 def environment(run: Run) -> dict[str, str]:
@@ -153,7 +153,7 @@ def started(run: Run) -> Iterator[subprocess.Popen]:
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
         with open(run.log, "wb") as log:
             process = subprocess.Popen(
-                command(run, ray_folder), env=env, cwd=run.folder, stdout=log, stderr=subprocess.STDOUT,
+                command(run, Path(ray_folder)), env=env, cwd=run.folder, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
             )  # fmt: skip
         try:
@@ -167,6 +167,14 @@ def read_rows(file: Path) -> list[dict]:
     if not file.exists():
         return []
     return [json.loads(line) for line in file.read_text().splitlines(keepends=True) if line.endswith("\n")]
+
+
+def _interpreter(ray_folder: Path) -> str:
+    """This Python. Ray starts its workers by a shell line that a space would split, so such a path gets a short name."""
+    if " " not in sys.executable:
+        return sys.executable
+    (ray_folder / "venv").symlink_to(sys.prefix)
+    return str(ray_folder / "venv" / Path(sys.executable).relative_to(sys.prefix))
 
 
 def _hydra(value: object) -> str:

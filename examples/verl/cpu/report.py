@@ -102,14 +102,8 @@ def _failures(run: Run, report: Report, calls: list[dict], moves: dict[int, dict
 def table(report: Report) -> Table:
     """One line per step; narrow enough for 80 columns."""
     result = Table(title="trainer, packed rows, against rollout, eager on single samples (fp32)")
-    for heading in (
-        "step",
-        "rollout_probs\n_diff_mean",
-        "rollout_probs\n_diff_max",
-        "pearson",
-        "grad norm",
-        "sinks\nmoved by",
-    ):
+    probs = ("rollout_probs\n_diff_mean", "rollout_probs\n_diff_max", "pearson")
+    for heading in ("step", *probs, "grad norm", "sinks\nmoved by"):
         result.add_column(heading, justify="right")
     for step in report.steps:
         result.add_row(

@@ -30,6 +30,7 @@ class HfServer:
         from transformers import AutoModelForCausalLM
 
         torch.set_num_threads(1)
+        torch.manual_seed(0)
         model = AutoModelForCausalLM.from_pretrained(path, attn_implementation="eager", dtype=torch.float32)
         self.model = model.eval()
         self.global_steps = 0
