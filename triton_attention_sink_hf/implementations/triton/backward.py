@@ -16,25 +16,30 @@ import triton.language as tl
 from .config import dkv_config, dq_config
 from .launch import Problem, strides
 from .masks import key_interval, query_interval, tile_plan
-from .primitives import LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+from .primitives import LOG2E, cap, exp, load_tile, matmul, row_offsets, store_tile
 
 
 @triton.jit
-def _probabilities(s, softmax_scale, softcap, lse2, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr):
-    """P = exp(x - lse) and dx/ds of the softcap, from raw scores; lse2 is lse in base 2, broadcast to s."""
-    if PRESCALE:
+def _probabilities(
+    s, lse, softmax_scale, softcap, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
+):  # fmt: skip
+    """P = exp(x - lse) and dx/ds of the softcap, from raw scores; lse is broadcast to s.
+
+    EXACT, for fp32 inputs, subtracts before it changes the base: the rounding of lse in base 2 stays out of P.
+    """
+    slope = 1.0
+    if PRESCALE or EXACT:
         x = s * softmax_scale
-        slope = 1.0
         if HAS_SOFTCAP:
             x = cap(x, softcap)
             slope = 1.0 - (x / softcap) * (x / softcap)
-        return tl.exp2(x * LOG2E - lse2), slope
-    return tl.exp2(s * (softmax_scale * LOG2E) - lse2), 1.0
+        return tl.exp2((x - lse) * LOG2E), slope
+    return tl.exp2(s * (softmax_scale * LOG2E) - lse * LOG2E), slope
 
 
 @triton.jit
 def _dq_step(
-    dq, row_sum, q, dout, lse2, delta, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
+    dq, row_sum, q, dout, lse, delta, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
     HAS_SINK: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr,
     MASKED: tl.constexpr,
@@ -44,7 +49,9 @@ def _dq_step(
     j = n0 + cols
     k = load_tile(k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
     v = load_tile(v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
-    p, slope = _probabilities(matmul(q, k.T), softmax_scale, softcap, lse2[:, None], PRESCALE, HAS_SOFTCAP)
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    s = matmul(q, k.T)
+    p, slope = _probabilities(s, lse[:, None], softmax_scale, softcap, PRESCALE, HAS_SOFTCAP, EXACT)
     if MASKED:
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         if HAS_PADDING:
@@ -110,7 +117,7 @@ def _attn_bwd_dq_kernel(
     out_rows = row_offsets(rows, token, stride_ot, stride_oh, PACK)
     out = load_tile(out_base, out_rows, valid, stride_od, DV, BLOCK_DV, CHECK=True)
     statistic = (b * heads_q + heads).to(tl.int64) * seqlen_q + i
-    lse2 = tl.load(lse_ptr + statistic, mask=valid, other=0.0) * LOG2E
+    lse = tl.load(lse_ptr + statistic, mask=valid, other=0.0)
     delta = tl.sum(dout.to(tl.float32) * out.to(tl.float32), 1)
     if HAS_DLSE:
         dlse_rows = b.to(tl.int64) * stride_dlb + heads.to(tl.int64) * stride_dlh + i.to(tl.int64) * stride_dlt
@@ -128,14 +135,14 @@ def _attn_bwd_dq_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
+            dq, row_sum, q, dout, lse, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse2, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
+            dq, row_sum, q, dout, lse, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
@@ -146,8 +153,8 @@ def _attn_bwd_dq_kernel(
     if HAS_SINK:
         # delta above comes from the rounded out. rowsum(dS) = rowsum(P dP) - delta (1 - p_sink) with fp32 P and dP,
         # so the sink's gradient can use the delta of the unrounded out.
-        p_sink = tl.exp2(tl.load(sink_ptr + heads).to(tl.float32) * LOG2E - lse2)
-        p_sink = tl.where(lse2 == float("-inf"), 0.0, p_sink)  # a sink of -inf and no key
+        p_sink = exp(tl.load(sink_ptr + heads).to(tl.float32) - lse)
+        p_sink = tl.where(lse == float("-inf"), 0.0, p_sink)  # a sink of -inf and no key
         exact_delta = row_sum + delta * (1.0 - p_sink)
         if HAS_DLSE:
             exact_delta -= dlse
@@ -174,12 +181,14 @@ def _dkv_step(
     dout = load_tile(dout_ptr + t0.to(tl.int64) * stride_dot, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED)
     statistic = (rows % PACK).to(tl.int64) * seqlen_q + i
     if MASKED:
-        lse2 = tl.load(lse_ptr + statistic, mask=valid, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + statistic, mask=valid, other=0.0)
         delta = tl.load(delta_ptr + statistic, mask=valid, other=0.0)
     else:
-        lse2 = tl.load(lse_ptr + statistic) * LOG2E
+        lse = tl.load(lse_ptr + statistic)
         delta = tl.load(delta_ptr + statistic)
-    p, slope = _probabilities(matmul(k, q.T), softmax_scale, softcap, lse2[None, :], PRESCALE, HAS_SOFTCAP)
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    s = matmul(k, q.T)
+    p, slope = _probabilities(s, lse[None, :], softmax_scale, softcap, PRESCALE, HAS_SOFTCAP, EXACT)
     if MASKED:
         visible = (i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None])
         p = tl.where(visible, p, 0.0)

@@ -94,13 +94,8 @@ def _attn_fwd_kernel(
     if HAS_PADDING:
         padding_base = padding_ptr + b.to(tl.int64) * stride_pb
 
-    # the sink is the first logit that the online softmax meets
-    if HAS_SINK:
-        m = tl.load(sink_ptr + heads).to(tl.float32) * LOG2E
-        l = tl.where(m == float("-inf"), 0.0, 1.0)
-    else:
-        m = tl.full([BLOCK_M], float("-inf"), tl.float32)
-        l = tl.zeros([BLOCK_M], tl.float32)
+    m = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    l = tl.zeros([BLOCK_M], tl.float32)
     acc = tl.zeros([BLOCK_M, BLOCK_DV], tl.float32)
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
@@ -117,9 +112,20 @@ def _attn_fwd_kernel(
             PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
 
+    # Back in natural units, the sink joins last, so that a row that it dominates has lse = sink exactly.
+    top = m * LN2
+    if HAS_SINK:
+        sink = tl.load(sink_ptr + heads).to(tl.float32)
+        top = tl.maximum(top, sink)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    keys = tl.exp2(m - top * LOG2E)
+    l = l * keys
+    if HAS_SINK:
+        l += tl.exp2((sink - top) * LOG2E)
     empty = l == 0.0
-    out = acc * (1.0 / tl.where(empty, 1.0, l))[:, None]
-    lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
+    l = tl.where(empty, 1.0, l)
+    out = acc * (keys / l)[:, None]
+    lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
     out_base = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     store_tile(out_base, row_offsets(rows, token, stride_ot, stride_oh, PACK), valid, stride_od, out, DV, BLOCK_DV)
     tl.store(lse_ptr + (b * heads_q + heads).to(tl.int64) * seqlen_q + i, lse, mask=valid)

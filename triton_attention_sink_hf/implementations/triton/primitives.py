@@ -44,6 +44,26 @@ def store_tile(ptr, offsets, valid, stride_d, tile, SIZE: tl.constexpr, BLOCK: t
 
 
 @triton.jit
+def exp(x):
+    """exp(x) to about an ulp: exp2(log2(e) x) alone is off by the rounding of its argument, which grows with abs(x)."""
+    y = x * LOG2E
+    rest = tl.fma(x, LOG2E, -y) + x * 1.925963033500011e-08  # log2(e) - fp32(log2(e))
+    rest = tl.where(tl.abs(rest) < 1.0, rest, 0.0)  # not a number for infinite x
+    return tl.exp2(y) * (1.0 + LN2 * rest)
+
+
+@triton.jit
 def cap(x, softcap):
-    """softcap * tanh(x / softcap), with tanh(y) = 1 - 2 / (1 + exp(2 y))."""
-    return softcap * (1.0 - 2.0 / (1.0 + tl.exp2(x * (2.0 * LOG2E / softcap))))
+    """softcap * tanh(x / softcap), tanh as in Cephes' tanhf.
+
+    1 - 2 / (1 + exp(2 y)) alone cancels where y is small, as most scores are.
+    """
+    y = x / softcap
+    z = y * y
+    small = -5.70498872745e-3 * z + 2.06390887954e-2
+    small = small * z - 5.37397155531e-2
+    small = small * z + 1.33314422036e-1
+    small = small * z - 3.33332819422e-1
+    small = small * z * y + y
+    large = 1.0 - 2.0 / (1.0 + tl.exp2(y * (2.0 * LOG2E)))
+    return softcap * tl.where(tl.abs(y) < 0.625, small, large)
