@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def _train(run: main_ppo.Run, limit: int, console: Console) -> int | None:
-    """Run the trainer under a progress display; returns its exit status, None if it took more than ``limit`` seconds."""
+    """Run the trainer under a progress display. Returns its exit status, None if that took more than ``limit`` s."""
     text = TextColumn("{task.description}")
     columns = (SpinnerColumn(), text, BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with Progress(*columns, console=console) as progress:
@@ -70,6 +70,8 @@ def _train(run: main_ppo.Run, limit: int, console: Console) -> int | None:
                 if latest != phase:
                     phase = latest
                     progress.update(task, description=phase)
+                    if not console.is_terminal:
+                        console.print(phase)
                 for row in main_ppo.read_rows(run.metrics)[done:]:
                     done += 1
                     progress.update(task, completed=done)
@@ -83,7 +85,9 @@ def _train(run: main_ppo.Run, limit: int, console: Console) -> int | None:
 def _write_inputs(run: main_ppo.Run) -> None:
     from tiny_model import write_gpt_oss
     from toy_task import write_prompts
+    from transformers.utils.logging import disable_progress_bar
 
+    disable_progress_bar()
     run.folder.mkdir(parents=True, exist_ok=True)
     write_gpt_oss(run.model)
     write_prompts(run.prompts)

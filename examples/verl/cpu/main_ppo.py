@@ -170,7 +170,7 @@ def read_rows(file: Path) -> list[dict]:
 
 
 def _interpreter(ray_folder: Path) -> str:
-    """This Python. Ray starts its workers by a shell line that a space would split, so such a path gets a short name."""
+    """This Python, by a path without spaces: Ray starts its workers by a shell line that one would split."""
     if " " not in sys.executable:
         return sys.executable
     (ray_folder / "venv").symlink_to(sys.prefix)
