@@ -81,7 +81,7 @@ def check_forward() -> str:
     }
     for options in cases.values():
         for implementation in ("auto", "triton"):
-            _compare(device, torch.float32, implementation, heads=(4, 2), seqlen=40, head_dim=64, **options)
+            _compare(device, _usual_dtype(device), implementation, heads=(4, 2), seqlen=40, head_dim=64, **options)
     return f"{', '.join(cases)} layers of gpt-oss match fp64"
 
 
@@ -90,7 +90,7 @@ def check_gqa() -> str:
     device, _ = kernel_device()
     ratios = ((4, 4), (4, 1), (7, 1), (16, 2))
     for heads in ratios:
-        _compare(device, torch.float32, "triton", heads=heads, seqlen=19, head_dim=16)
+        _compare(device, _usual_dtype(device), "triton", heads=heads, seqlen=19, head_dim=16)
     return f"query/key heads {', '.join(f'{q}/{kv}' for q, kv in ratios)} match fp64"
 
 
@@ -140,6 +140,11 @@ def kernel_device() -> tuple[str, str]:
     if torch.cuda.is_available():
         return "cuda", f"triton {triton.__version__} on {torch.cuda.get_device_name()}"
     raise RuntimeError("no GPU: TRITON_INTERPRET=1 must be set before triton is imported, to interpret the kernels")
+
+
+def _usual_dtype(device: str) -> torch.dtype:
+    """bf16, as models train; fp32 in the interpreter, which multiplies bf16 wrongly."""
+    return torch.bfloat16 if device == "cuda" else torch.float32
 
 
 def _compare(device, dtype, implementation, *, heads, seqlen, head_dim, **options) -> None:

@@ -10,7 +10,7 @@ TOLERANCE = 1e-4
 
 
 def demo(
-    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 20,
+    steps: Annotated[int, typer.Option(min=1, help="Optimiser steps.")] = 30,
     attention: Annotated[
         str, typer.Option(help="attn_implementation to compare with eager.")
     ] = "triton_attention_sink",
@@ -31,7 +31,8 @@ def demo(
         [next(run) for run in runs.values()]
         for _ in track(range(steps), description="training twice", console=console, transient=True)
     ]
-    table = Table("step", "loss, eager", f"loss, {attention}", "difference", "sinks moved, eager", "sinks moved, ours")
+    console.print(f"attn_implementation: {attention}, against eager", soft_wrap=True)
+    table = Table("step", "loss, eager", "loss, ours", "difference", "sinks moved, eager", "sinks moved, ours")
     for step, ((eager_loss, eager_moved), (loss, moved)) in enumerate(rows, 1):
         if step in (1, steps) or step % max(steps // 10, 1) == 0:
             numbers = (f"{eager_loss:.6f}", f"{loss:.6f}", f"{abs(loss - eager_loss):.1e}")
@@ -45,7 +46,7 @@ def demo(
 
 
 def _train(attn_implementation: str):
-    """Yield (loss, largest movement of a sink so far) after each step on a toy task: repeat the first half of a row."""
+    """Yield (loss, largest movement of a sink so far) after each step on four random rows to be learned by heart."""
     import torch
 
     from ..checks import tiny_gpt_oss
@@ -55,10 +56,9 @@ def _train(attn_implementation: str):
     generator = torch.Generator().manual_seed(1)
     sinks = [parameter for name, parameter in model.named_parameters() if name.endswith("sinks")]
     before = [sink.detach().clone() for sink in sinks]
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    tokens = torch.randint(1, model.config.vocab_size, (4, 32), generator=generator).to(device)
     while True:
-        half = torch.randint(1, model.config.vocab_size, (8, 16), generator=generator)
-        tokens = torch.cat([half, half], dim=1).to(device)
         loss = model(tokens, labels=tokens).loss
         optimizer.zero_grad()
         loss.backward()
