@@ -258,12 +258,8 @@ def _hidden_keys(mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor 
         return None, None
     if not isinstance(mask, Tensor):
         raise TypeError(f"attention_mask must be a 2-D tensor or None, got {type(mask).__name__}")
-    ours = mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1
-    if ours and mask.dtype == torch.uint8:
-        # Reinterpreted, not converted: this runs in every layer.
-        return mask[:, 0, 0].view(torch.bool).to(q.device), None
-    if ours and mask.dtype == torch.int32:
-        return once(mask, ("keys in use", q.device), lambda: _keys_in_use(mask[:, 0, 0].to(q.device)))
+    if mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.dtype in (torch.uint8, torch.int32):
+        return once(mask, ("hidden keys", q.device), lambda: _decode(mask[:, 0, 0].to(q.device)))
     if mask.dim() == 2 and not mask.is_floating_point():
         if mask.dtype == torch.bool and mask.device == q.device:
             return mask, None
@@ -274,8 +270,8 @@ def _hidden_keys(mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor 
     )
 
 
-def _keys_in_use(slots: Tensor) -> tuple[Tensor, Tensor]:
-    return slots != 0, slots.amax(-1)
+def _decode(slots: Tensor) -> tuple[Tensor, Tensor | None]:
+    return slots != 0, slots.amax(-1) if slots.dtype == torch.int32 else None
 
 
 def _all_real(real: Tensor) -> bool:
