@@ -1,18 +1,20 @@
 """Names of the implementations, and the lazily imported modules behind them.
 
-A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None), ``forward`` and
-``backward``; to add one, add its folder and its line in ``KERNELS``.
+A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None),
+``run_forward`` and ``run_backward``; to add one, add its folder and its line in ``KERNELS``.
 """
 
 from __future__ import annotations
 
 import importlib
+from functools import lru_cache
 from types import ModuleType
 
 KERNELS = ("triton_window", "triton")  # fastest first
 REFERENCE = "reference"
 
 
+@lru_cache
 def load(name: str) -> ModuleType:
     """Import the backend ``name``; ImportError if what it needs is not installed."""
     return importlib.import_module(f".{name}", __name__)

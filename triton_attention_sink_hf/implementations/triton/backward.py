@@ -14,9 +14,10 @@ import triton
 import triton.language as tl
 
 from .config import dkv_config, dq_config
-from .launch import Problem, strides
+from .launch import Problem, ceil_div, planned, strides
 from .masks import key_interval, query_interval, tile_plan
 from .primitives import LOG2E, cap, exp, load_tile, matmul, row_offsets, store_tile
+from .reduce import sum_rows
 
 
 @triton.jit
@@ -279,17 +280,61 @@ def _attn_bwd_dkv_kernel(
     store_tile(dv_base, j.to(tl.int64) * stride_dvt, valid, stride_dvd, dv, DV, BLOCK_DV)
 
 
+@planned
+def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides) -> tuple[tuple[int], int, dict]:
+    """Grid, rows of partial sums of dsink, constants."""
+    call, config = problem.call, dq_config(problem)
+    tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack) * problem.batch
+    return (tiles * (problem.heads_q // problem.pack),), tiles, {
+        **problem.mask_arguments(),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("o", out_strides),
+        **strides("do", dout_strides),
+        **strides("dq", dq_strides),
+        **dlse_arguments(dlse_strides),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+@planned
+def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> tuple[tuple[int], dict]:
+    call, config = problem.call, dkv_config(problem)
+    return (ceil_div(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,), {
+        **problem.mask_arguments(),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("do", dout_strides),
+        **strides("dk", dk_strides),
+        **strides("dv", dv_strides),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
+    """Strides of dlse (B, Hq, Sq), and whether there is one."""
+    b, h, t = stride or (0, 0, 0)
+    return {"stride_dlb": b, "stride_dlh": h, "stride_dlt": t, "HAS_DLSE": stride is not None}
+
+
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
-    call, shared = problem.call, problem.mask_arguments()
-    config = dq_config(problem)
-    tiles = triton.cdiv(problem.seqlen_q, config.block_m // problem.pack)
+    call, mask_tensors = problem.call, problem.mask_tensors()
+    dlse_strides = None if dlse is None else dlse.stride()
+    grid, parts, constants = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides)
     delta = torch.empty_like(lse)
-    dsink_parts = None
-    if dsinks is not None:
-        dsink_parts = lse.new_empty(problem.batch * tiles, problem.heads_q)
-    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
-    _attn_bwd_dq_kernel[(tiles * problem.batch * (problem.heads_q // problem.pack),)](
+    dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
+    _attn_bwd_dq_kernel[grid](
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
@@ -301,47 +346,22 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dq_ptr=dq,
         delta_ptr=delta,
         dsink_ptr=dsink_parts,
-        **shared,
-        **strides("q", call.q),
-        **strides("k", call.k),
-        **strides("v", call.v),
-        **strides("o", out),
-        **strides("do", dout),
-        **strides("dq", dq),
-        stride_dlb=dlse_strides[0],
-        stride_dlh=dlse_strides[1],
-        stride_dlt=dlse_strides[2],
-        HAS_DLSE=dlse is not None,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **mask_tensors,
+        **constants,
     )
+    if dk is not None:
+        grid, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride())
+        _attn_bwd_dkv_kernel[grid](
+            q_ptr=call.q,
+            k_ptr=call.k,
+            v_ptr=call.v,
+            lse_ptr=lse,
+            delta_ptr=delta,
+            dout_ptr=dout,
+            dk_ptr=dk,
+            dv_ptr=dv,
+            **mask_tensors,
+            **constants,
+        )
     if dsinks is not None:
-        torch.sum(dsink_parts, 0, out=dsinks)
-    if dk is None:
-        return
-    config = dkv_config(problem)
-    _attn_bwd_dkv_kernel[(triton.cdiv(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,)](
-        q_ptr=call.q,
-        k_ptr=call.k,
-        v_ptr=call.v,
-        lse_ptr=lse,
-        delta_ptr=delta,
-        dout_ptr=dout,
-        dk_ptr=dk,
-        dv_ptr=dv,
-        **shared,
-        **strides("q", call.q),
-        **strides("k", call.k),
-        **strides("v", call.v),
-        **strides("do", dout),
-        **strides("dk", dk),
-        **strides("dv", dv),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+        sum_rows(dsink_parts, dsinks)

@@ -1,7 +1,7 @@
 """Launch numbers per architecture, each with its reason. Tuning is opt-in and ends here as data.
 
 Rows of a query tile are tokens times packed heads. Shared memory holds the query side once and the key side
-``num_stages`` times, so tiles shrink as D grows: 227 KB on sm90 and sm100, 163 on sm80, 99 on sm89 and sm120,
+``num_stages`` times, so tiles shrink as D grows: 227 KB on sm90 and sm100, 163 on sm80, 99 on sm86, sm89 and sm120,
 64 on gfx942.
 """
 
@@ -28,33 +28,39 @@ class KernelConfig:
             raise ValueError(f"num_stages must be >= 1, got {self.num_stages}")
 
 
-SMALL_SHARED_MEMORY = ("sm86", "sm89", "sm120", "sm121")
-
-
 def _size_class(problem) -> str:
-    """Tile sizes follow the bytes of one row of the wider side: up to 128 (D 64 in bf16), 256, 512, or more."""
-    width = max(problem.block_d, problem.block_dv) * problem.call.q.element_size()
-    return "narrow" if width <= 128 else "medium" if width <= 256 else "wide" if width <= 512 else "huge"
+    """Tile sizes follow the wider side's padded head dimension (up to 64, 128, 256), and fp32 stands apart."""
+    width = max(problem.block_d, problem.block_dv)
+    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide"
+    return f"fp32 {name}" if problem.call.q.element_size() == 4 else name
 
 
-# fp32 multiplies outside the tensor cores, where large tiles only spill: its tiles stay small everywhere.
+# tests/test_compile_targets.py holds these to no spilled registers and to each architecture's shared memory.
+# fp32 multiplies outside the tensor cores, its operands in registers: small tiles over 8 warps are what does not spill.
 _FORWARD = {
     "narrow": KernelConfig(128, 64, 4, 3),
     "medium": KernelConfig(128, 64, 8, 2),
     "wide": KernelConfig(64, 32, 4, 2),
-    "huge": KernelConfig(32, 16, 4, 1),
+    "fp32 narrow": KernelConfig(64, 32, 8, 2),
+    "fp32 medium": KernelConfig(32, 32, 8, 1),
+    "fp32 wide": KernelConfig(32, 16, 8, 1),
 }
 _DQ = {
     "narrow": KernelConfig(64, 64, 4, 2),
     "medium": KernelConfig(64, 32, 4, 2),
     "wide": KernelConfig(32, 32, 4, 1),
-    "huge": KernelConfig(16, 16, 4, 1),
+    "fp32 narrow": KernelConfig(32, 32, 8, 1),
+    "fp32 medium": KernelConfig(16, 16, 8, 1),
+    "fp32 wide": KernelConfig(16, 16, 8, 1),
 }
+# dk and dv are two accumulators of block_n rows: with 4 warps those of D = 128 spill.
 _DKV = {
     "narrow": KernelConfig(64, 64, 4, 2),
-    "medium": KernelConfig(32, 64, 4, 2),
-    "wide": KernelConfig(32, 32, 4, 1),
-    "huge": KernelConfig(16, 16, 4, 1),
+    "medium": KernelConfig(32, 64, 8, 2),
+    "wide": KernelConfig(32, 32, 8, 1),
+    "fp32 narrow": KernelConfig(32, 32, 8, 1),
+    "fp32 medium": KernelConfig(16, 32, 8, 1),
+    "fp32 wide": KernelConfig(16, 16, 8, 1),
 }
 
 
@@ -76,4 +82,7 @@ def dq_config(problem) -> KernelConfig:
 
 
 def dkv_config(problem) -> KernelConfig:
-    return _DKV[_size_class(problem)]
+    config = _DKV[_size_class(problem)]
+    if problem.call.softcap > 0.0:  # its slope is one more tile in registers
+        return KernelConfig(config.block_m, config.block_n, 8, config.num_stages)
+    return config

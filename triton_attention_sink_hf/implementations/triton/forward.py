@@ -4,7 +4,7 @@ import triton
 import triton.language as tl
 
 from .config import forward_config
-from .launch import Problem, strides
+from .launch import Problem, ceil_div, planned, strides
 from .masks import query_interval, tile_plan
 from .primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
 
@@ -131,11 +131,28 @@ def _attn_fwd_kernel(
     tl.store(lse_ptr + (b * heads_q + heads).to(tl.int64) * seqlen_q + i, lse, mask=valid)
 
 
+@planned
+def _plan(problem: Problem, out_strides) -> tuple[tuple[int], dict]:
+    call, config = problem.call, forward_config(problem)
+    tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack)
+    return (tiles * problem.batch * (problem.heads_q // problem.pack),), {
+        **problem.mask_arguments(),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("o", out_strides),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
-    call, config = problem.call, forward_config(problem)
-    tiles = triton.cdiv(problem.seqlen_q, config.block_m // problem.pack)
-    grid = (tiles * problem.batch * (problem.heads_q // problem.pack),)
+    call = problem.call
+    grid, constants = _plan(problem, out.stride())
     _attn_fwd_kernel[grid](
         q_ptr=call.q,
         k_ptr=call.k,
@@ -143,14 +160,6 @@ def launch_forward(problem: Problem, out, lse) -> None:
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
-        **problem.mask_arguments(),
-        **strides("q", call.q),
-        **strides("k", call.k),
-        **strides("v", call.v),
-        **strides("o", out),
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        **problem.mask_tensors(),
+        **constants,
     )

@@ -2,70 +2,61 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from functools import cached_property
+import functools
 
 import torch
-import triton
+import triton.language as tl
 from torch import Tensor
 
 from ...call import Call
 from .masks import _segment_range_kernel
 
+MAX_PLANS = 1024
 MAX_PACK = 8  # heads in a tile; more leave too few tokens per tile for causal edges
 
 
-@dataclass(frozen=True)
 class Problem:
-    """A call as the kernels see it."""
+    """A call as the kernels see it.
 
-    call: Call
+    Attributes:
+        batch, seqlen_q, seqlen_k, heads_q, heads_k: B, Sq, Sk, Hq, Hkv; packed rows have B = 1.
+        sinks: (Hq,) without gaps, as the kernels read it, or None.
+        key: all that a launch depends on beside the values of tensors and their addresses.
+    """
+
+    def __init__(self, call: Call):
+        q, k, v, mask = call.q, call.k, call.v, call.mask
+        self.call = call
+        self.batch, self.seqlen_q, self.heads_q, _ = q.shape
+        self.seqlen_k, self.heads_k = k.shape[1], k.shape[2]
+        self.sinks = None if call.sinks is None else call.sinks.contiguous()
+        padding = mask.key_padding_mask
+        self.key = (
+            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
+            mask.left, mask.right, mask.packed, call.softmax_scale, call.softcap, call.sinks is None,
+            None if padding is None else padding.stride(), mask.seqused_k is None,
+        )  # fmt: skip
 
     @property
-    def batch(self) -> int:
-        return self.call.q.shape[0]
-
-    @property
-    def seqlen_q(self) -> int:
-        return self.call.q.shape[1]
-
-    @property
-    def seqlen_k(self) -> int:
-        return self.call.k.shape[1]
-
-    @property
-    def heads_q(self) -> int:
-        return self.call.q.shape[2]
-
-    @property
-    def heads_k(self) -> int:
-        return self.call.k.shape[2]
-
-    @cached_property
-    def sinks(self) -> Tensor | None:
-        """(Hq,) without gaps, as the kernels read it."""
-        return None if self.call.sinks is None else self.call.sinks.contiguous()
-
-    @cached_property
     def pack(self) -> int:
         """Query heads in the rows of one tile: they share its keys. A power of two that divides Hq / Hkv."""
         group = self.heads_q // self.heads_k
         return min(group & -group, MAX_PACK)
 
-    @cached_property
+    @property
     def block_d(self) -> int:
-        return triton.next_power_of_2(self.call.q.shape[-1])
+        return next_power_of_2(self.call.q.shape[-1])
 
-    @cached_property
+    @property
     def block_dv(self) -> int:
-        return triton.next_power_of_2(self.call.v.shape[-1])
+        return next_power_of_2(self.call.v.shape[-1])
 
-    @cached_property
+    @property
     def target(self) -> str:
         """The architecture that the configs are chosen for, such as "sm90" or "gfx942"; "cpu" when interpreted."""
         return target_name(self.call.q.device)
 
-    @cached_property
+    @property
     def ranges(self) -> Tensor | None:
         """Packed rows: the intervals of visible keys per query, then of seeing queries per key; int32 (2 Tq + 2 Tk)."""
         mask = self.call.mask
@@ -80,7 +71,7 @@ class Problem:
         ):
             n_segments = own.numel() - 1
             block = 256
-            _segment_range_kernel[(triton.cdiv(n_own, block),)](
+            _segment_range_kernel[(ceil_div(n_own, block),)](
                 ranges_ptr=out,
                 cu_own_ptr=own,
                 cu_other_ptr=other,
@@ -97,10 +88,9 @@ class Problem:
         return ranges
 
     def sizes(self) -> dict:
-        """Arguments that every kernel takes."""
+        """Arguments that every kernel takes and that ``key`` determines."""
         call, mask = self.call, self.call.mask
         return {
-            "ranges_ptr": self.ranges,
             "softmax_scale": call.softmax_scale,
             "batch": self.batch,
             "seqlen_q": self.seqlen_q,
@@ -124,8 +114,6 @@ class Problem:
         padding = mask.key_padding_mask
         return {
             **self.sizes(),
-            "padding_ptr": None if padding is None else padding.view(torch.uint8),
-            "seqused_ptr": None if mask.seqused_k is None else mask.seqused_k.contiguous(),
             "softcap": call.softcap,
             "stride_pb": 0 if padding is None else padding.stride(0),
             "stride_pt": 0 if padding is None else padding.stride(1),
@@ -138,10 +126,58 @@ class Problem:
             "HAS_SOFTCAP": call.softcap > 0.0,
         }
 
+    def mask_tensors(self) -> dict:
+        """Tensors that the kernels for any mask take."""
+        mask = self.call.mask
+        return {
+            "ranges_ptr": self.ranges,
+            "padding_ptr": None if mask.key_padding_mask is None else mask.key_padding_mask.view(torch.uint8),
+            "seqused_ptr": None if mask.seqused_k is None else mask.seqused_k.contiguous(),
+        }
 
-def strides(name: str, x: Tensor) -> dict[str, int]:
-    """stride_{name}b, t, h, d of a BSHD tensor."""
-    return {f"stride_{name}{axis}": stride for axis, stride in zip("bthd", x.stride(), strict=True)}
+
+def planned(build):
+    """Remember ``build(problem, *strides)``: the grid and the constant arguments of a launch.
+
+    Building them costs more host time than a short kernel runs, and a model repeats the same few calls.
+    """
+    plans: dict = {}
+
+    @functools.wraps(build)
+    def plan(problem: Problem, *rest):
+        key = (problem.key, *rest)
+        result = plans.get(key)
+        if result is None:
+            if len(plans) >= MAX_PLANS:
+                plans.clear()
+            result = plans[key] = build(problem, *rest)
+        return result
+
+    plan.cache_clear = plans.clear
+    return plan
+
+
+def strides(name: str, stride: tuple[int, ...]) -> dict:
+    """stride_{name}b, t, h, d of a BSHD tensor.
+
+    Those that a model fixes are compile-time constants, which turns address arithmetic in loops into offsets. The
+    batch's stride varies with the sequence length, and so does a head's if heads are outside of tokens.
+    """
+    b, t, h, d = stride
+    return {
+        f"stride_{name}b": b,
+        f"stride_{name}t": tl.constexpr(t),
+        f"stride_{name}h": tl.constexpr(h) if h <= t else h,
+        f"stride_{name}d": tl.constexpr(d),
+    }
+
+
+def ceil_div(a: int, b: int) -> int:
+    return -(-a // b)
+
+
+def next_power_of_2(n: int) -> int:
+    return 1 << (n - 1).bit_length()
 
 
 def target_name(device: torch.device) -> str:

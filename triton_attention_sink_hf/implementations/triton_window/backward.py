@@ -6,68 +6,89 @@ dk, dv: one program per tile of keys. -lse / scale (-inf where hidden) and -delt
 that neither the mask nor the subtraction costs anything after them.
 """
 
-import torch
 import triton
 import triton.language as tl
 
-from ..triton.launch import Problem, strides
+from ..triton.backward import dlse_arguments
+from ..triton.launch import Problem, ceil_div, planned, strides
 from ..triton.masks import key_interval, query_interval
-from ..triton.primitives import LOG2E, load_tile, matmul, row_offsets, store_tile
+from ..triton.primitives import LOG2E, matmul, store_tile
+from ..triton.reduce import sum_rows
+DKV_TMA = False
 from .config import dkv_config, dq_config, programs
-from .forward import load_keys, place, window_arguments, within
+from .forward import (
+    descriptor,
+    load_keys,
+    load_queries,
+    place,
+    starts_among_own,
+    store_queries,
+    use_tma,
+    window_arguments,
+)
 
 
 @triton.jit
 def _window_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, sink_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr, dsink_ptr, ranges_ptr,
-    softmax_scale, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right, n_tiles,
+    q_ptr, k_ptr, v_ptr, sink_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, statistics_ptr, dsink_ptr, ranges_ptr,
+    softmax_scale, batch, seqlen_q, seqlen_k, left, right, n_tiles,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
     stride_dqb, stride_dqt, stride_dqh, stride_dqd, stride_dlb, stride_dlh, stride_dlt,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, PACKED: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    TOKENS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr,
+    TOKENS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, OWN_LO: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """q, dout, dq: descriptors of (1, TOKENS, PACK, D) blocks with TMA, else pointers."""
     ROWS: tl.constexpr = TOKENS * PACK
+    CHUNKS: tl.constexpr = HEADS_Q // PACK
     scale = softmax_scale * LOG2E
-    chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
     shift = 0  # packed rows attend to themselves
     if not PACKED:
         shift = seqlen_k - seqlen_q
     rows = tl.arange(0, ROWS)
+    n_band = tl.arange(0, BAND)
+    n_own = tl.arange(0, TOKENS)
     for number in tl.range(tl.program_id(0), n_tiles, tl.num_programs(0), num_stages=STAGES):
-        b, tile, chunk = place(number, tiles, chunks)
+        b, tile, chunk = place(number, tiles, CHUNKS)
         head = chunk * PACK
-        head_k = head // (heads_q // heads_k)
+        head_k = head // (HEADS_Q // HEADS_K)
         token = tile * TOKENS
+        key = token + shift
         heads = head + rows % PACK
         i = token + rows // PACK
         valid = i < seqlen_q
-        q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-        q_rows = row_offsets(rows, token, stride_qt, stride_qh, PACK)
-        q = load_tile(q_base, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=True)
-        dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
-        dout_rows = row_offsets(rows, token, stride_dot, stride_doh, PACK)
-        dout = load_tile(dout_base, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=True)
-        lse_rows = (b * heads_q + heads).to(tl.int64) * seqlen_q + i
+        q = load_queries(
+            q_ptr, b, token, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
+            D, BLOCK_D, TOKENS, PACK, TMA,
+        )  # fmt: skip
+        dout = load_queries(
+            dout_ptr, b, token, head, seqlen_q, stride_dob, stride_dot, stride_doh, stride_dod,
+            DV, BLOCK_DV, TOKENS, PACK, TMA,
+        )  # fmt: skip
+        lse_rows = (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i
         lse2 = tl.load(lse_ptr + lse_rows, mask=valid, other=0.0) * LOG2E
         lo, hi = query_interval(
             i, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
         )
-        count = (hi - lo).to(tl.uint32, bitcast=True)
-        j_own = token + shift + tl.arange(0, TOKENS)
-        j_band = token + shift - BAND + tl.arange(0, BAND)
+        # relative to the tile's own first key; rows that see nothing begin past every key
+        hi = hi - key
+        lo = tl.where(lo < hi + key, lo - key, BAND + TOKENS)
         k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
         v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-        k_band = load_keys(k_base, j_band, seqlen_k, stride_kt, stride_kd, D, BLOCK_D)
-        k_own = load_keys(k_base, j_own, seqlen_k, stride_kt, stride_kd, D, BLOCK_D)
-        v_band = load_keys(v_base, j_band, seqlen_k, stride_vt, stride_vd, DV, BLOCK_DV)
-        v_own = load_keys(v_base, j_own, seqlen_k, stride_vt, stride_vd, DV, BLOCK_DV)
+        k_band = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, BAND, D, BLOCK_D)
+        k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D)
+        v_band = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, BAND, DV, BLOCK_DV)
+        v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV)
         s_band = matmul(q, k_band.T)
         s_own = matmul(q, k_own.T)
-        p_band = tl.where(within(j_band, lo, count), tl.exp2(s_band * scale - lse2[:, None]), 0.0)
-        p_own = tl.where(within(j_own, lo, count), tl.exp2(s_own * scale - lse2[:, None]), 0.0)
+        p_band = tl.exp2(s_band * scale - lse2[:, None])
+        p_band = tl.where(n_band[None, :] >= lo[:, None] + BAND, p_band, 0.0)
+        own = n_own[None, :] < hi[:, None]
+        if OWN_LO:
+            own = own & (n_own[None, :] >= lo[:, None])
+        p_own = tl.where(own, tl.exp2(s_own * scale - lse2[:, None]), 0.0)
         dp_band = matmul(dout, v_band.T)
         dp_own = matmul(dout, v_own.T)
         delta = tl.sum(p_band * dp_band, 1) + tl.sum(p_own * dp_own, 1)
@@ -78,150 +99,191 @@ def _window_bwd_dq_kernel(
         ds_own = p_own * (dp_own - delta[:, None])
         dq = matmul(ds_band.to(k_band.dtype), k_band)
         dq = matmul(ds_own.to(k_own.dtype), k_own, dq)
-        dq_base = dq_ptr + b.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
-        dq_rows = row_offsets(rows, token, stride_dqt, stride_dqh, PACK)
-        store_tile(dq_base, dq_rows, valid, stride_dqd, dq * softmax_scale, D, BLOCK_D)
-        tl.store(delta_ptr + (b.to(tl.int64) * seqlen_q + i) * heads_q + heads, delta, mask=valid)
+        store_queries(
+            dq_ptr, dq * softmax_scale, b, token, head, seqlen_q, stride_dqb, stride_dqt, stride_dqh, stride_dqd,
+            D, BLOCK_D, TOKENS, PACK, TMA,
+        )  # fmt: skip
+        statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
+        statistic_rows = rows // PACK * (2 * HEADS_Q) + rows % PACK
+        tl.store(statistic + statistic_rows, lse2 * (-1.0 / scale), mask=valid)
+        tl.store(statistic + HEADS_Q + statistic_rows, -delta, mask=valid)
         if HAS_SINK:
             sink = tl.load(sink_ptr + heads).to(tl.float32) * LOG2E
             part = tl.where(valid, -tl.exp2(sink - lse2) * delta, 0.0)
             part = tl.sum(tl.reshape(part, [TOKENS, PACK]), 0)
-            tl.store(dsink_ptr + (b.to(tl.int64) * tiles + tile) * heads_q + head + tl.arange(0, PACK), part)
+            tl.store(dsink_ptr + (b * tiles + tile).to(tl.int64) * HEADS_Q + head + tl.arange(0, PACK), part)
 
 
 @triton.jit
 def _window_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dout_ptr, dk_ptr, dv_ptr, ranges_ptr,
-    softmax_scale, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
+    q_ptr, k_ptr, v_ptr, statistics_ptr, dout_ptr, dk_ptr, dv_ptr, ranges_ptr,
+    softmax_scale, batch, seqlen_q, seqlen_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
     stride_dkb, stride_dkt, stride_dkh, stride_dkd, stride_dvb, stride_dvt, stride_dvh, stride_dvd,
-    PACKED: tl.constexpr,
+    PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BAND: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr,
+    BAND: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ONE_SIDED: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
+    """q, dout: descriptors of (1, TOKENS, PACK, D) blocks with TMA, else pointers."""
     ROWS: tl.constexpr = TOKENS * PACK
+    GROUP: tl.constexpr = HEADS_Q // HEADS_K
     scale = softmax_scale * LOG2E
-    to_scores = -1.0 / softmax_scale
-    tile = tl.program_id(0) // (heads_k * batch)
-    rest = tl.program_id(0) % (heads_k * batch)
-    b = rest // heads_k
-    head_k = rest % heads_k
-    group = heads_q // heads_k
-    j = tile * KEYS + tl.arange(0, KEYS)
-    valid = j < seqlen_k
+    rest = tl.program_id(0) // HEADS_K
+    head_k = tl.program_id(0) % HEADS_K
+    tiles = tl.cdiv(seqlen_k, KEYS)
+    b = rest // tiles
+    key = rest % tiles * KEYS
+    n = tl.arange(0, KEYS)
+    valid = key + n < seqlen_k
     lo, hi = key_interval(
-        j, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
+        key + n, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
     )
-    count = (hi - lo).to(tl.uint32, bitcast=True)
     start, _ = key_interval(
-        tile * KEYS, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
+        key, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
     )
-    _, end = key_interval(
-        tile * KEYS + KEYS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED,
-        HAS_SEQUSED=False,
-    )  # fmt: skip
+    diagonal_end, end = key_interval(
+        key + KEYS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
+    )
     # Steps are aligned, and each program starts where (number of the step) mod n is 0: neighbours, whose ranges overlap,
     # then read the same queries at about the same time.
-    start_step = start // TOKENS
-    n = tl.maximum(tl.cdiv(end, TOKENS) - start_step, 0)
+    first_step = start // TOKENS
+    steps = tl.maximum(tl.cdiv(end, TOKENS) - first_step, 0)
+    turn = first_step % tl.maximum(steps, 1)
 
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
-    k = load_tile(k_base, j.to(tl.int64) * stride_kt, valid, stride_kd, D, BLOCK_D, CHECK=True)
+    k = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, KEYS, D, BLOCK_D)
     v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-    v = load_tile(v_base, j.to(tl.int64) * stride_vt, valid, stride_vd, DV, BLOCK_DV, CHECK=True)
+    v = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, KEYS, DV, BLOCK_DV)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     rows = tl.arange(0, ROWS)
-    for chunk in range(0, group // PACK):
-        head = head_k * group + chunk * PACK
-        q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-        dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
-        lse_base = lse_ptr + (b * heads_q + head).to(tl.int64) * seqlen_q
-        delta_base = delta_ptr + b.to(tl.int64) * seqlen_q * heads_q + head
-        for e in tl.range(0, n, num_stages=STAGES):
-            token = (start_step + (e + n - start_step % n) % n) * TOKENS
+    statistic_rows = rows // PACK * (2 * HEADS_Q) + rows % PACK
+    count = (hi - lo).to(tl.uint32, bitcast=True)
+    for chunk in range(0, GROUP // PACK):
+        head = head_k * GROUP + chunk * PACK
+        for e in tl.range(0, steps, num_stages=STAGES):
+            e = e - turn
+            token = (first_step + tl.where(e < 0, e + steps, e)) * TOKENS
+            q = load_queries(
+                q_ptr, b, token, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
+                D, BLOCK_D, TOKENS, PACK, TMA,
+            )  # fmt: skip
+            dout = load_queries(
+                dout_ptr, b, token, head, seqlen_q, stride_dob, stride_dot, stride_doh, stride_dod,
+                DV, BLOCK_DV, TOKENS, PACK, TMA,
+            )  # fmt: skip
             i = token + rows // PACK
-            in_range = i < seqlen_q
-            q_rows = rows // PACK * stride_qt + rows % PACK * stride_qh
-            q = load_tile(q_base + token.to(tl.int64) * stride_qt, q_rows, in_range, stride_qd, D, BLOCK_D, CHECK=True)
-            dout_rows = rows // PACK * stride_dot + rows % PACK * stride_doh
-            dout = load_tile(
-                dout_base + token.to(tl.int64) * stride_dot, dout_rows, in_range, stride_dod, DV, BLOCK_DV, CHECK=True
-            )
-            lse = tl.load(lse_base + (rows % PACK).to(tl.int64) * seqlen_q + i, mask=in_range, other=0.0)
-            delta = tl.load(delta_base + i.to(tl.int64) * heads_q + rows % PACK, mask=in_range, other=0.0)
-            s = tl.where(within(i, lo, count), (lse * to_scores)[None, :], float("-inf"))
-            p = tl.exp2(matmul(k, q.T, s) * scale)
+            statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
+            start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
+            start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
+            if ONE_SIDED:
+                near = token < diagonal_end
+                visible = tl.where(near, i, -i)[None, :] >= tl.where(near, lo, 1 - hi)[:, None]
+            else:
+                visible = (i[None, :] - lo[:, None]).to(tl.uint32, bitcast=True) < count[:, None]
+            p = tl.exp2(matmul(k, q.T, tl.where(visible, start_s[None, :], float("-inf"))) * scale)
             dv = matmul(p.to(dout.dtype), dout, dv)
-            dp = matmul(v, dout.T, tl.broadcast_to(-delta[None, :], [KEYS, ROWS]))
+            dp = matmul(v, dout.T, tl.broadcast_to(start_dp[None, :], [KEYS, ROWS]))
             dk = matmul((p * dp).to(q.dtype), q, dk)
-    dk_base = dk_ptr + b.to(tl.int64) * stride_dkb + head_k.to(tl.int64) * stride_dkh
-    store_tile(dk_base, j.to(tl.int64) * stride_dkt, valid, stride_dkd, dk * softmax_scale, D, BLOCK_D)
-    dv_base = dv_ptr + b.to(tl.int64) * stride_dvb + head_k.to(tl.int64) * stride_dvh
-    store_tile(dv_base, j.to(tl.int64) * stride_dvt, valid, stride_dvd, dv, DV, BLOCK_DV)
+    dk_base = dk_ptr + b.to(tl.int64) * stride_dkb + head_k.to(tl.int64) * stride_dkh + key.to(tl.int64) * stride_dkt
+    store_tile(dk_base, n * stride_dkt, valid, stride_dkd, dk * softmax_scale, D, BLOCK_D)
+    dv_base = dv_ptr + b.to(tl.int64) * stride_dvb + head_k.to(tl.int64) * stride_dvh + key.to(tl.int64) * stride_dvt
+    store_tile(dv_base, n * stride_dvt, valid, stride_dvd, dv, DV, BLOCK_DV)
+
+
+@planned
+def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple:
+    """Grid, rows of partial sums of dsink, config, constants."""
+    call, config = problem.call, dq_config(problem)
+    tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch
+    n_tiles = tiles * (problem.heads_q // problem.pack)
+    return (min(n_tiles, programs(problem, config)),), tiles, config, {
+        **window_arguments(problem),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("do", dout_strides),
+        **strides("dq", dq_strides),
+        **dlse_arguments(dlse_strides),
+        "n_tiles": n_tiles,
+        "TOKENS": config.tokens,
+        "STAGES": config.num_stages,
+        "OWN_LO": starts_among_own(problem, config.tokens),
+        "TMA": tma,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+
+
+@planned
+def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool) -> tuple:
+    """Grid, config, constants."""
+    call, config = problem.call, dkv_config(problem)
+    arguments = window_arguments(problem)
+    del arguments["HAS_SINK"]
+    # A step then meets either the diagonal or the window's far edge, so one comparison decides.
+    one_sided = not call.mask.packed and call.mask.left >= config.keys + config.tokens
+    return (ceil_div(problem.seqlen_k, config.keys) * problem.batch * problem.heads_k,), config, {
+        **arguments,
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("do", dout_strides),
+        **strides("dk", dk_strides),
+        **strides("dv", dv_strides),
+        "TOKENS": config.tokens,
+        "KEYS": config.keys,
+        "STAGES": config.num_stages,
+        "ONE_SIDED": one_sided,
+        "TMA": tma,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
-    call, shared = problem.call, window_arguments(problem)
-    config = dq_config(problem)
-    tiles = triton.cdiv(problem.seqlen_q, config.tokens) * problem.batch
-    n_tiles = tiles * (problem.heads_q // problem.pack)
-    delta = lse.new_empty(problem.batch, problem.seqlen_q, problem.heads_q)
-    dsink_parts = None if dsinks is None else lse.new_empty(tiles, problem.heads_q)
-    dlse_strides = (0, 0, 0) if dlse is None else dlse.stride()
-    _window_bwd_dq_kernel[(min(n_tiles, programs(problem, config)),)](
-        q_ptr=call.q,
+    call, ranges = problem.call, problem.ranges
+    tma = use_tma(problem, call.q, dout, dq)
+    dlse_strides = None if dlse is None else dlse.stride()
+    grid, parts, config, constants = _dq_plan(problem, dout.stride(), dq.stride(), dlse_strides, tma)
+    statistics = lse.new_empty(problem.batch, problem.seqlen_q, 2, problem.heads_q)
+    dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
+    q_rows, dout_rows, dq_rows = (
+        descriptor(x, config.tokens, problem) if tma else x for x in (call.q, dout, dq)
+    )
+    _window_bwd_dq_kernel[grid](
+        q_ptr=q_rows,
         k_ptr=call.k,
         v_ptr=call.v,
-        sink_ptr=call.sinks,
+        sink_ptr=problem.sinks,
         lse_ptr=lse,
-        dout_ptr=dout,
+        dout_ptr=dout_rows,
         dlse_ptr=dlse,
-        dq_ptr=dq,
-        delta_ptr=delta,
+        dq_ptr=dq_rows,
+        statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
-        n_tiles=n_tiles,
-        **shared,
-        **strides("q", call.q),
-        **strides("k", call.k),
-        **strides("v", call.v),
-        **strides("do", dout),
-        **strides("dq", dq),
-        stride_dlb=dlse_strides[0],
-        stride_dlh=dlse_strides[1],
-        stride_dlt=dlse_strides[2],
-        HAS_DLSE=dlse is not None,
-        TOKENS=config.tokens,
-        STAGES=config.num_stages,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        ranges_ptr=ranges,
+        **constants,
     )
     if dk is not None:
-        config = dkv_config(problem)
-        shared.pop("HAS_SINK")
-        _window_bwd_dkv_kernel[(triton.cdiv(problem.seqlen_k, config.keys) * problem.batch * problem.heads_k,)](
-            q_ptr=call.q,
+        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), tma and DKV_TMA)
+        if tma and DKV_TMA:
+            q_rows, dout_rows = (descriptor(x, config.tokens, problem) for x in (call.q, dout))
+        else:
+            q_rows, dout_rows = call.q, dout
+        _window_bwd_dkv_kernel[grid](
+            q_ptr=q_rows,
             k_ptr=call.k,
             v_ptr=call.v,
-            lse_ptr=lse,
-            delta_ptr=delta,
-            dout_ptr=dout,
+            statistics_ptr=statistics,
+            dout_ptr=dout_rows,
             dk_ptr=dk,
             dv_ptr=dv,
-            **shared,
-            **strides("q", call.q),
-            **strides("k", call.k),
-            **strides("v", call.v),
-            **strides("do", dout),
-            **strides("dk", dk),
-            **strides("dv", dv),
-            TOKENS=config.tokens,
-            KEYS=config.keys,
-            STAGES=config.num_stages,
-            num_warps=config.num_warps,
-            num_stages=config.num_stages,
+            ranges_ptr=ranges,
+            **constants,
         )
     if dsinks is not None:
-        torch.sum(dsink_parts, 0, out=dsinks)
+        sum_rows(dsink_parts, dsinks)

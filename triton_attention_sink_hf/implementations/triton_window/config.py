@@ -6,9 +6,11 @@ from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
-import triton
+
+from ..triton.launch import next_power_of_2
 
 MAX_LEFT = 128  # at 64 rows, 144 scores a row in fp32 are what the registers of 4 warps hold
+TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
 ROWS = 64  # one warpgroup's matrix instruction
 
 
@@ -29,7 +31,7 @@ class WindowConfig:
 
 def band_size(problem) -> int:
     """Keys before a tile that its kernels load: the window's left side, rounded up to a power of two."""
-    return max(triton.next_power_of_2(problem.call.mask.left), 32)
+    return max(next_power_of_2(problem.call.mask.left), 32)
 
 
 def forward_config(problem) -> WindowConfig:

@@ -7,30 +7,57 @@ and fetch their next queries into L2 while they compute.
 
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton.launch import Problem, strides
+from ..triton.launch import Problem, ceil_div, next_power_of_2, planned, strides
 from ..triton.masks import query_interval
-from ..triton.primitives import LN2, LOG2E, load_tile, matmul, row_offsets, store_tile
-from .config import band_size, forward_config, programs
+from ..triton.primitives import LN2, LOG2E, load_tile, matmul, store_tile
+from .config import TMA_TARGETS, WindowConfig, band_size, forward_config, programs
 
 
 @triton.jit
-def place(tile, tiles, chunks):
+def place(tile, tiles, CHUNKS: tl.constexpr):
     """Tile number -> batch row, tile of queries, chunk of heads; chunks fastest, so that they share keys in L2."""
-    rest = tile // chunks
-    return rest // tiles, rest % tiles, tile % chunks
+    rest = tile // CHUNKS
+    return rest // tiles, rest % tiles, tile % CHUNKS
 
 
 @triton.jit
-def load_keys(ptr, j, seqlen_k, stride_t, stride_d, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(keys, D) tile; 0 for keys outside the sequence, which the caller masks."""
-    return load_tile(ptr, j.to(tl.int64) * stride_t, (j >= 0) & (j < seqlen_k), stride_d, D, BLOCK_D, CHECK=True)
+def load_keys(ptr, start, seqlen_k, stride_t, stride_d, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
+    """(N, D) keys from ``start``; 0 outside the sequence, which the caller masks. In-tile offsets do not vary by tile."""
+    n = tl.arange(0, N)
+    inside = (n >= -start) & (n < seqlen_k - start)
+    return load_tile(ptr + start.to(tl.int64) * stride_t, n * stride_t, inside, stride_d, D, BLOCK_D, CHECK=True)
 
 
 @triton.jit
-def within(j, lo, count):
-    """lo <= j < lo + count for (rows, keys), as one unsigned comparison."""
-    return (j[None, :] - lo[:, None]).to(tl.uint32, bitcast=True) < count[:, None]
+def load_queries(
+    tensor, b, token, head, seqlen_q, stride_b, stride_t, stride_h, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """(TOKENS * PACK, D) rows: PACK heads of each token. ``tensor``: with TMA a descriptor of [1, TOKENS, PACK, D]."""
+    if TMA:
+        return tl.reshape(tensor.load([b, token, head, 0]), [TOKENS * PACK, BLOCK_D])
+    else:
+        rows = tl.arange(0, TOKENS * PACK)
+        base = tensor + b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
+        offsets = rows // PACK * stride_t + rows % PACK * stride_h
+        return load_tile(base, offsets, token + rows // PACK < seqlen_q, stride_d, D, BLOCK_D, CHECK=True)
+
+
+@triton.jit
+def store_queries(
+    tensor, tile, b, token, head, seqlen_q, stride_b, stride_t, stride_h, stride_d,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
+):  # fmt: skip
+    """The counterpart of ``load_queries``."""
+    if TMA:
+        tensor.store([b, token, head, 0], tl.reshape(tile.to(tensor.dtype), [1, TOKENS, PACK, BLOCK_D]))
+    else:
+        rows = tl.arange(0, TOKENS * PACK)
+        base = tensor + b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
+        offsets = rows // PACK * stride_t + rows % PACK * stride_h
+        store_tile(base, offsets, token + rows // PACK < seqlen_q, stride_d, tile, D, BLOCK_D)
 
 
 @triton.jit
@@ -44,67 +71,77 @@ def prefetch(ptr, offsets):
 
 @triton.jit
 def _window_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, ranges_ptr,
-    softmax_scale, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right, n_tiles,
+    q_ptr, prefetch_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, ranges_ptr,
+    softmax_scale, batch, seqlen_q, seqlen_k, left, right, n_tiles,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od,
-    HAS_SINK: tl.constexpr, PACKED: tl.constexpr,
+    HAS_SINK: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
+    OWN_LO: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
+    """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
     ROWS: tl.constexpr = PART * PACK
     HALF: tl.constexpr = BAND // 2
+    CHUNKS: tl.constexpr = HEADS_Q // PACK
     scale = softmax_scale * LOG2E
-    chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
     shift = 0  # packed rows attend to themselves
     if not PACKED:
         shift = seqlen_k - seqlen_q
     rows = tl.arange(0, ROWS)
+    n_half = tl.arange(0, HALF)
+    n_own = tl.arange(0, TOKENS)
     step = tl.num_programs(0)
     for number in tl.range(tl.program_id(0), n_tiles, step, num_stages=STAGES):
-        b, tile, chunk = place(number, tiles, chunks)
+        b, tile, chunk = place(number, tiles, CHUNKS)
         head = chunk * PACK
-        head_k = head // (heads_q // heads_k)
+        head_k = head // (HEADS_Q // HEADS_K)
         token = tile * TOKENS
         if PREFETCH:
-            next_b, next_tile, next_chunk = place(tl.minimum(number + step, n_tiles - 1), tiles, chunks)
+            next_b, next_tile, next_chunk = place(tl.minimum(number + step, n_tiles - 1), tiles, CHUNKS)
             next_rows = tl.arange(0, TOKENS * PACK)
-            next_token = tl.minimum(next_tile * TOKENS + next_rows // PACK, seqlen_q - 1)
+            next_token = tl.minimum(next_tile * TOKENS, seqlen_q - TOKENS)  # near the end: a few lines twice
+            next_base = prefetch_ptr + next_b.to(tl.int64) * stride_qb + (next_chunk * PACK).to(tl.int64) * stride_qh
             prefetch(
-                q_ptr + next_b.to(tl.int64) * stride_qb,
-                next_token.to(tl.int64) * stride_qt + (next_chunk * PACK + next_rows % PACK).to(tl.int64) * stride_qh,
+                next_base + tl.maximum(next_token, 0).to(tl.int64) * stride_qt,
+                tl.minimum(next_rows // PACK, seqlen_q - 1) * stride_qt + next_rows % PACK * stride_qh,
             )
         heads = head + rows % PACK
         if HAS_SINK:
             sink = tl.load(sink_ptr + heads).to(tl.float32) * LOG2E
-        j_own = token + shift + tl.arange(0, TOKENS)
-        j_near = token + shift - HALF + tl.arange(0, HALF)
-        j_far = j_near - HALF
+        key = token + shift
         k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
         v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-        k_own = load_keys(k_base, j_own, seqlen_k, stride_kt, stride_kd, D, BLOCK_D)
-        v_own = load_keys(v_base, j_own, seqlen_k, stride_vt, stride_vd, DV, BLOCK_DV)
-        k_far = load_keys(k_base, j_far, seqlen_k, stride_kt, stride_kd, D, BLOCK_D)
-        k_near = load_keys(k_base, j_near, seqlen_k, stride_kt, stride_kd, D, BLOCK_D)
-        v_far = load_keys(v_base, j_far, seqlen_k, stride_vt, stride_vd, DV, BLOCK_DV)
-        v_near = load_keys(v_base, j_near, seqlen_k, stride_vt, stride_vd, DV, BLOCK_DV)
-        q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
-        out_base = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
+        k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D)
+        v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV)
+        k_far = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D)
+        k_near = load_keys(k_base, key - HALF, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D)
+        v_far = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV)
+        v_near = load_keys(v_base, key - HALF, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV)
         for part in tl.static_range(PARTS):
             first = token + part * PART
             i = first + rows // PACK
-            valid = i < seqlen_q
             lo, hi = query_interval(
                 i, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
             )
-            count = (hi - lo).to(tl.uint32, bitcast=True)
-            q_rows = row_offsets(rows, first, stride_qt, stride_qh, PACK)
-            q = load_tile(q_base, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=True)
-            s_far = tl.where(within(j_far, lo, count), matmul(q, k_far.T), float("-inf"))
-            s_near = tl.where(within(j_near, lo, count), matmul(q, k_near.T), float("-inf"))
-            s_own = tl.where(within(j_own, lo, count), matmul(q, k_own.T), float("-inf"))
+            # relative to the tile's own first key; rows that see nothing begin past every key
+            hi = hi - key
+            lo = tl.where(lo < hi + key, lo - key, BAND + TOKENS)
+            q = load_queries(
+                q_ptr, b, first, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
+                D, BLOCK_D, PART, PACK, TMA,
+            )  # fmt: skip
+            s_far = matmul(q, k_far.T)
+            s_near = matmul(q, k_near.T)
+            s_own = matmul(q, k_own.T)
+            s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
+            s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
+            own = n_own[None, :] < hi[:, None]
+            if OWN_LO:
+                own = own & (n_own[None, :] >= lo[:, None])
+            s_own = tl.where(own, s_own, float("-inf"))
             m = tl.maximum(tl.max(tl.maximum(s_far, s_near), 1), tl.max(s_own, 1)) * scale
             if HAS_SINK:
                 m = tl.maximum(m, sink)
@@ -121,41 +158,78 @@ def _window_fwd_kernel(
             empty = l == 0.0
             out = out * (1.0 / tl.where(empty, 1.0, l))[:, None]
             lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
-            store_tile(
-                out_base, row_offsets(rows, first, stride_ot, stride_oh, PACK), valid, stride_od, out, DV, BLOCK_DV
-            )
-            tl.store(lse_ptr + (b * heads_q + heads).to(tl.int64) * seqlen_q + i, lse, mask=valid)
+            store_queries(
+                out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+                DV, BLOCK_DV, PART, PACK, TMA=False,
+            )  # fmt: skip
+            tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+
+
+@planned
+def _plan(problem: Problem, out_strides, tma: bool) -> tuple[tuple[int], WindowConfig, dict]:
+    call, config = problem.call, forward_config(problem)
+    n_tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch * (problem.heads_q // problem.pack)
+    return (min(n_tiles, programs(problem, config)),), config, {
+        **window_arguments(problem),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("o", out_strides),
+        "n_tiles": n_tiles,
+        "TOKENS": config.tokens,
+        "PARTS": config.parts,
+        "STAGES": config.num_stages,
+        "PREFETCH": problem.target.startswith("sm"),
+        "OWN_LO": starts_among_own(problem, config.tokens),
+        "TMA": tma,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
-    call, config = problem.call, forward_config(problem)
-    n_tiles = triton.cdiv(problem.seqlen_q, config.tokens) * problem.batch * (problem.heads_q // problem.pack)
-    _window_fwd_kernel[(min(n_tiles, programs(problem, config)),)](
-        q_ptr=call.q,
+    call = problem.call
+    tma = use_tma(problem, call.q)
+    grid, config, constants = _plan(problem, out.stride(), tma)
+    _window_fwd_kernel[grid](
+        q_ptr=descriptor(call.q, config.tokens // config.parts, problem) if tma else call.q,
+        prefetch_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
-        sink_ptr=call.sinks,
+        sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
-        n_tiles=n_tiles,
-        **window_arguments(problem),
-        **strides("q", call.q),
-        **strides("k", call.k),
-        **strides("v", call.v),
-        **strides("o", out),
-        TOKENS=config.tokens,
-        PARTS=config.parts,
-        STAGES=config.num_stages,
-        PREFETCH=problem.target.startswith("sm"),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+        ranges_ptr=problem.ranges,
+        **constants,
     )
 
 
 def window_arguments(problem: Problem) -> dict:
-    """What every kernel of this backend takes beside its tensors."""
-    return {
-        **problem.sizes(),
-        "BAND": band_size(problem),
-    }
+    """What every kernel of this backend takes beside its tensors. Head counts are compile-time: a model has one pair."""
+    sizes = problem.sizes()
+    heads = {"HEADS_Q": sizes.pop("heads_q"), "HEADS_K": sizes.pop("heads_k")}
+    return {**sizes, **heads, "BAND": band_size(problem)}
+
+
+def starts_among_own(problem: Problem, tokens: int) -> bool:
+    """Whether a row's interval may begin among its own tile's keys: at a segment's start, in a very short window, or
+    where there are more queries than keys."""
+    mask = problem.call.mask
+    return mask.packed or mask.left < tokens - 1 or problem.seqlen_q > problem.seqlen_k
+
+
+def use_tma(problem: Problem, *tensors) -> bool:
+    """Whether Hopper's copy engine can address the tensors: last dimension contiguous, all else 16-byte aligned."""
+    return problem.target in TMA_TARGETS and all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def descriptor(x, tokens: int, problem: Problem) -> TensorDescriptor:
+    """Blocks of (1, tokens, packed heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
+    shape = x.shape
+    return TensorDescriptor(x, shape, x.stride(), [1, tokens, problem.pack, next_power_of_2(shape[-1])])
