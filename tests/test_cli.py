@@ -74,8 +74,7 @@ def test_the_kernel_checks_notice_a_lost_sink_gradient(check, monkeypatch):
 def test_the_path_check_notices_ignored_sinks(monkeypatch):
     from triton_attention_sink_hf import flash_attention_triton_sink as wrapper
 
-    def ignore_sinks(*arguments, implementation="auto", **options):
-        q, k, v, sinks = arguments
+    def ignore_sinks(q, k, v, sinks, **options):
         return attention_sink(q, k, v, 0.0 * sinks - 100.0, **options)
 
     monkeypatch.setattr(wrapper, "attention_sink", ignore_sinks)
@@ -149,10 +148,7 @@ def test_demo_fails_when_the_sinks_are_not_trained(monkeypatch):
     def frozen(q, k, v, sinks, **options):
         return attention_sink(q, k, v, sinks.detach(), **options)
 
-    def train_without_sinks(*arguments, **keywords):
-        return frozen(*arguments, **keywords)
-
-    monkeypatch.setattr(wrapper, "attention_sink", train_without_sinks)
+    monkeypatch.setattr(wrapper, "attention_sink", frozen)
     result = invoke("demo", "--steps", "3")
     assert result.exit_code == 1
     assert "FAIL" in result.stdout
