@@ -1,0 +1,168 @@
+"""Compile the kernels for one architecture on a machine without it: ``python compile_target.py TARGET [all]``.
+
+The launchers themselves run, on tensors without memory, with Triton's driver replaced by one that names the target and
+with every launch turned into a compilation. So the arguments, their specialisation and the configs are the real ones.
+Prints one JSON object per line: kernel, case, shared memory in bytes, spilled registers (CUDA: stack bytes per thread).
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import tempfile
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+from cases import Case
+from triton.backends.compiler import GPUTarget
+from triton.runtime.driver import driver
+
+from triton_attention_sink_hf.call import Call
+from triton_attention_sink_hf.implementations.triton import backward, forward, launch
+from triton_attention_sink_hf.masks import Mask
+
+BF16, FP32 = torch.bfloat16, torch.float32
+GPT_OSS = Case(1024, heads=(64, 8), head_dim=64, dtype=BF16, window=(127, 0))
+LENGTHS = (1000, 24)
+# Every size class of the configs, and every feature in the class where it is met most.
+
+CASES = {
+    "narrow window": GPT_OSS,
+    "narrow packed window": Case(
+        1024, heads=(64, 8), head_dim=64, dtype=BF16, window=(127, 0), lengths_q=LENGTHS, dlse=True
+    ),
+    "narrow padding softcap": Case(1024, heads=(8, 8), head_dim=64, dtype=BF16, padding="left", softcap=9.0),
+    "medium": Case(1024, heads=(32, 8), head_dim=128, dtype=BF16, sinks=None),
+    "medium D 80": Case(1024, heads=(32, 8), head_dim=80, dtype=BF16, window=(127, 0), layout="bhsd"),
+    "wide 192/128": Case(1024, heads=(64, 4), head_dim=(192, 128), dtype=BF16, window=(127, 0)),
+    "wide 256 padding": Case(1024, heads=(16, 4), head_dim=256, dtype=BF16, padding="left", softcap=9.0, dlse=True),
+    "fp32 narrow": Case(1024, heads=(64, 8), head_dim=64, dtype=FP32, window=(127, 0), lengths_q=LENGTHS),
+    "fp32 medium": Case(1024, heads=(32, 8), head_dim=128, dtype=FP32, sinks=None),
+    "fp32 wide": Case(1024, heads=(16, 4), head_dim=256, dtype=FP32, padding="left", softcap=9.0, dlse=True),
+    "one query, one key": Case(1, 1, heads=(1, 1), head_dim=16, dtype=BF16, used=(1,)),
+}
+# for the exhaustive run: features against size classes
+ALL = {
+    f"{name} {feature}": Case(**{**CASES[name].__dict__, "lengths_q": None, "padding": None, "softcap": 0.0, **changes})
+    for name in (
+        "narrow window",
+        "medium",
+        "wide 192/128",
+        "wide 256 padding",
+        "fp32 narrow",
+        "fp32 medium",
+        "fp32 wide",
+    )
+    for feature, changes in {
+        "causal": {"window": (-1, -1)},
+        "bidirectional": {"window": (-1, -1), "causal": False},
+        "window": {"window": (127, 0), "sinks": "learned"},
+        "packed": {"window": (-1, -1), "lengths_q": LENGTHS, "dlse": True},
+        "padding softcap": {"padding": "left", "softcap": 9.0, "sinks": None},
+        "decode": {"seqlen_q": 1, "seqlen_k": 4096, "used": (4000,)},
+    }.items()
+}
+
+
+class Driver:
+    """What Triton's JIT asks of a driver when it compiles for ``target`` and launches nothing."""
+
+    def __init__(self, target: GPUTarget):
+        self.target = target
+
+    def get_current_target(self) -> GPUTarget:
+        return self.target
+
+    def get_current_device(self) -> int:
+        return 0
+
+    def get_current_stream(self, device: int) -> int:
+        return 0
+
+
+def target_of(name: str) -> GPUTarget:
+    """ "sm90" or "gfx942"."""
+    if name.startswith("sm"):
+        return GPUTarget("cuda", int(name.removeprefix("sm")), 32)
+    return GPUTarget("hip", name, 64)
+
+
+def compile_case(case: Case) -> list[tuple[str, object]]:
+    """Kernel names and compiled kernels of the forward and backward of ``case``."""
+    compiled = []
+    run = triton.JITFunction.run
+
+    def compile_only(self, *args, grid, warmup, **kwargs):
+        compiled.append((self.fn.__name__, run(self, *args, grid=grid, warmup=True, **kwargs)))
+
+    triton.JITFunction.run = compile_only
+    try:
+        problem = launch.Problem(_call(case))
+        q, k, v = problem.call.q, problem.call.k, problem.call.v
+        out = q.new_empty(*q.shape[:3], v.shape[-1])
+        lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
+        dsinks = None if problem.call.sinks is None else problem.call.sinks.new_empty(q.shape[2])
+        forward.launch_forward(problem, out, lse)
+        backward.launch_backward(
+            problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
+            torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
+        )  # fmt: skip
+    finally:
+        triton.JITFunction.run = run
+    return compiled
+
+
+def _call(case: Case) -> Call:
+    """``case`` on the meta device: shapes and strides, no memory."""
+    seqlen_k = case.seqlen_k or case.seqlen_q
+    (heads_q, heads_k), (d, dv) = case.heads, case.dims
+
+    def tensor(seqlen, heads, size):
+        if case.layout == "bhsd":
+            return torch.empty(case.batch, heads, seqlen, size, dtype=case.dtype, device="meta").transpose(1, 2)
+        return torch.empty(case.batch, seqlen, heads, size, dtype=case.dtype, device="meta")
+
+    def ints(size):
+        return torch.empty(size, dtype=torch.int32, device="meta")
+
+    cu = None if case.lengths_q is None else ints(len(case.lengths_q) + 1)
+    padding = None
+    if case.padding is not None:
+        padding = torch.empty(case.batch, seqlen_k, dtype=torch.bool, device="meta")
+    used = None if case.used is None else ints(case.batch)
+    sinks = None if case.sinks is None else torch.empty(heads_q, device="meta")
+    mask = Mask(case.window[0], 0 if case.causal else case.window[1], cu, cu, padding, used)
+    q, k, v = tensor(case.seqlen_q, heads_q, d), tensor(seqlen_k, heads_k, d), tensor(seqlen_k, heads_k, dv)
+    return Call(q, k, v, sinks, mask, case.scale, case.softcap, True)
+
+
+def spilled(kernel) -> int:
+    """Registers in memory: what cuobjdump (of Triton's own wheel) or the AMD assembler says."""
+    if "amdgcn" in kernel.asm:
+        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
+    tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(kernel.asm["cubin"])
+        file.flush()
+        usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
+    found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout + usage.stderr)
+    assert found, f"cuobjdump says nothing about registers: {usage.stdout}"
+    return int(found[2]) + int(found[3])
+
+
+def main(target: str, cases: dict[str, Case]) -> None:
+    driver.set_active(Driver(target_of(target)))
+    launch.target_name = lambda device: target
+    for name, case in cases.items():
+        for kernel_name, kernel in compile_case(case):
+            row = {"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared, "spilled": spilled(kernel)}
+            print(json.dumps(row), flush=True)
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], {**CASES, **ALL} if sys.argv[2:] == ["all"] else CASES)
