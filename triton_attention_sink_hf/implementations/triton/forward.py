@@ -21,7 +21,9 @@ def _attend(
     j = n0 + cols
     k = load_tile(k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
     s = matmul(q, k.T)
-    if PRESCALE:
+    # softmax_scale * LOG2E is rounded once for all scores, an error that fp32 results show
+    EXACT: tl.constexpr = q.dtype == tl.float32
+    if PRESCALE or EXACT:
         s = s * softmax_scale
         if HAS_SOFTCAP:
             s = cap(s, softcap)

@@ -34,13 +34,23 @@ def load_tile(ptr, offsets, valid, stride_d, SIZE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
-def store_tile(ptr, offsets, valid, stride_d, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr):
-    """Store the valid rows and the first SIZE columns of a (rows, BLOCK) tile."""
+def store_tile(
+    ptr, offsets, valid, stride_d, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr = True
+):  # fmt: skip
+    """Store the first SIZE columns of a (rows, BLOCK) tile; with CHECK only of the rows that are valid."""
     d = tl.arange(0, BLOCK)
-    mask = valid[:, None]
-    if SIZE != BLOCK:
-        mask = mask & (d < SIZE)[None, :]
-    tl.store(ptr + offsets[:, None] + d[None, :] * stride_d, tile.to(ptr.dtype.element_ty), mask=mask)
+    ptrs = ptr + offsets[:, None] + d[None, :] * stride_d
+    tile = tile.to(ptr.dtype.element_ty)
+    if SIZE == BLOCK:
+        if CHECK:
+            tl.store(ptrs, tile, mask=valid[:, None])
+        else:
+            tl.store(ptrs, tile)
+    else:
+        if CHECK:
+            tl.store(ptrs, tile, mask=valid[:, None] & (d < SIZE)[None, :])
+        else:
+            tl.store(ptrs, tile, mask=(d < SIZE)[None, :])
 
 
 @triton.jit

@@ -20,7 +20,7 @@ def supports(call: Call) -> str | None:
         return f"the window kernels take causal windows of at most {MAX_LEFT + 1} keys, got {(mask.left, mask.right)}"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
         return "the window kernels take neither key_padding_mask nor seqused_k"
-    if mask.packed and mask.cu_seqlens_q is not mask.cu_seqlens_k:
+    if mask.packed and (mask.cu_seqlens_q is not mask.cu_seqlens_k or call.q.shape[1] != call.k.shape[1]):
         return "the window kernels take packed rows only with one cu_seqlens for queries and keys"
     if call.softcap > 0.0 or call.softmax_scale <= 0.0:
         return "the window kernels take a positive softmax_scale and no softcap"

@@ -37,7 +37,8 @@ def _window_bwd_dq_kernel(
     stride_dqb, stride_dqt, stride_dqh, stride_dqd, stride_dlb, stride_dlh, stride_dlt,
     HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    TOKENS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, OWN_LO: tl.constexpr, TMA: tl.constexpr,
+    TOKENS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, OWN_LO: tl.constexpr, EVEN: tl.constexpr,
+    TMA: tl.constexpr,
 ):  # fmt: skip
     """q, dout, dq: descriptors of (1, TOKENS, PACK, D) blocks with TMA, else pointers."""
     ROWS: tl.constexpr = TOKENS * PACK
@@ -61,11 +62,11 @@ def _window_bwd_dq_kernel(
         valid = i < seqlen_q
         q = load_queries(
             q_ptr, b, token, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
-            D, BLOCK_D, TOKENS, PACK, TMA,
+            D, BLOCK_D, TOKENS, PACK, TMA, EVEN,
         )  # fmt: skip
         dout = load_queries(
             dout_ptr, b, token, head, seqlen_q, stride_dob, stride_dot, stride_doh, stride_dod,
-            DV, BLOCK_DV, TOKENS, PACK, TMA,
+            DV, BLOCK_DV, TOKENS, PACK, TMA, EVEN,
         )  # fmt: skip
         lse_rows = (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i
         lse2 = tl.load(lse_ptr + lse_rows, mask=valid, other=0.0) * LOG2E
@@ -77,10 +78,10 @@ def _window_bwd_dq_kernel(
         lo = tl.where(lo < hi + key, lo - key, BAND + TOKENS)
         k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
         v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-        k_band = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, BAND, D, BLOCK_D)
-        k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D)
-        v_band = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, BAND, DV, BLOCK_DV)
-        v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV)
+        k_band = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, BAND, D, BLOCK_D, False, True)
+        k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D, not OWN_LO, EVEN)
+        v_band = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, BAND, DV, BLOCK_DV, False, True)
+        v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV, not OWN_LO, EVEN)
         s_band = matmul(q, k_band.T)
         s_own = matmul(q, k_own.T)
         p_band = tl.exp2(s_band * scale - lse2[:, None])
@@ -101,7 +102,7 @@ def _window_bwd_dq_kernel(
         dq = matmul(ds_own.to(k_own.dtype), k_own, dq)
         store_queries(
             dq_ptr, dq * softmax_scale, b, token, head, seqlen_q, stride_dqb, stride_dqt, stride_dqh, stride_dqd,
-            D, BLOCK_D, TOKENS, PACK, TMA,
+            D, BLOCK_D, TOKENS, PACK, TMA, EVEN,
         )  # fmt: skip
         statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
         statistic_rows = rows // PACK * (2 * HEADS_Q) + rows % PACK
@@ -124,7 +125,7 @@ def _window_bwd_dkv_kernel(
     PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     BAND: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ONE_SIDED: tl.constexpr,
-    TMA: tl.constexpr,
+    EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """q, dout: descriptors of (1, TOKENS, PACK, D) blocks with TMA, else pointers."""
     ROWS: tl.constexpr = TOKENS * PACK
@@ -153,9 +154,9 @@ def _window_bwd_dkv_kernel(
     turn = first_step % tl.maximum(steps, 1)
 
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
-    k = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, KEYS, D, BLOCK_D)
+    k = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, KEYS, D, BLOCK_D, True, False)
     v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-    v = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, KEYS, DV, BLOCK_DV)
+    v = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, KEYS, DV, BLOCK_DV, True, False)
     dk = tl.zeros([KEYS, BLOCK_D], tl.float32)
     dv = tl.zeros([KEYS, BLOCK_DV], tl.float32)
     rows = tl.arange(0, ROWS)
@@ -168,16 +169,20 @@ def _window_bwd_dkv_kernel(
             token = (first_step + tl.where(e < 0, e + steps, e)) * TOKENS
             q = load_queries(
                 q_ptr, b, token, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
-                D, BLOCK_D, TOKENS, PACK, TMA,
+                D, BLOCK_D, TOKENS, PACK, TMA, EVEN,
             )  # fmt: skip
             dout = load_queries(
                 dout_ptr, b, token, head, seqlen_q, stride_dob, stride_dot, stride_doh, stride_dod,
-                DV, BLOCK_DV, TOKENS, PACK, TMA,
+                DV, BLOCK_DV, TOKENS, PACK, TMA, EVEN,
             )  # fmt: skip
             i = token + rows // PACK
             statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
-            start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
-            start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
+            if EVEN:
+                start_s = tl.load(statistic + statistic_rows)
+                start_dp = tl.load(statistic + HEADS_Q + statistic_rows)
+            else:
+                start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
+                start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
             if ONE_SIDED:
                 near = token < diagonal_end
                 visible = tl.where(near, i, -i)[None, :] >= tl.where(near, lo, 1 - hi)[:, None]
@@ -211,6 +216,7 @@ def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool
         "TOKENS": config.tokens,
         "STAGES": config.num_stages,
         "OWN_LO": starts_among_own(problem, config.tokens),
+        "EVEN": problem.seqlen_q % config.tokens == 0,
         "TMA": tma,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
@@ -237,6 +243,7 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool)
         "KEYS": config.keys,
         "STAGES": config.num_stages,
         "ONE_SIDED": one_sided,
+        "EVEN": problem.seqlen_q % config.tokens == 0,
         "TMA": tma,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

@@ -23,32 +23,45 @@ def place(tile, tiles, CHUNKS: tl.constexpr):
 
 
 @triton.jit
-def load_keys(ptr, start, seqlen_k, stride_t, stride_d, N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr):
-    """(N, D) keys from ``start``; 0 outside the sequence, which the caller masks. In-tile offsets do not vary by tile."""
+def load_keys(
+    ptr, start, seqlen_k, stride_t, stride_d,
+    N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FROM_0: tl.constexpr, TO_END: tl.constexpr,
+):  # fmt: skip
+    """(N, D) keys from ``start``; 0 before key 0 unless FROM_0 and past the last unless TO_END says that none are there.
+
+    In-tile offsets do not vary by tile.
+    """
     n = tl.arange(0, N)
-    inside = (n >= -start) & (n < seqlen_k - start)
-    return load_tile(ptr + start.to(tl.int64) * stride_t, n * stride_t, inside, stride_d, D, BLOCK_D, CHECK=True)
+    inside = n < seqlen_k - start
+    if TO_END:
+        inside = n >= -start
+    elif not FROM_0:
+        inside = inside & (n >= -start)
+    pointer = ptr + start.to(tl.int64) * stride_t
+    return load_tile(pointer, n * stride_t, inside, stride_d, D, BLOCK_D, CHECK=not (FROM_0 and TO_END))
 
 
 @triton.jit
 def load_queries(
     tensor, b, token, head, seqlen_q, stride_b, stride_t, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(TOKENS * PACK, D) rows: PACK heads of each token. ``tensor``: with TMA a descriptor of [1, TOKENS, PACK, D]."""
+    """(TOKENS * PACK, D) rows: PACK heads of each token. ``tensor``: with TMA a descriptor of [1, TOKENS, PACK, D]. EVEN: all exist."""
     if TMA:
         return tl.reshape(tensor.load([b, token, head, 0]), [TOKENS * PACK, BLOCK_D])
     else:
         rows = tl.arange(0, TOKENS * PACK)
         base = tensor + b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
         offsets = rows // PACK * stride_t + rows % PACK * stride_h
-        return load_tile(base, offsets, token + rows // PACK < seqlen_q, stride_d, D, BLOCK_D, CHECK=True)
+        return load_tile(base, offsets, token + rows // PACK < seqlen_q, stride_d, D, BLOCK_D, CHECK=not EVEN)
 
 
 @triton.jit
 def store_queries(
     tensor, tile, b, token, head, seqlen_q, stride_b, stride_t, stride_h, stride_d,
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
     """The counterpart of ``load_queries``."""
     if TMA:
@@ -57,7 +70,7 @@ def store_queries(
         rows = tl.arange(0, TOKENS * PACK)
         base = tensor + b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
         offsets = rows // PACK * stride_t + rows % PACK * stride_h
-        store_tile(base, offsets, token + rows // PACK < seqlen_q, stride_d, tile, D, BLOCK_D)
+        store_tile(base, offsets, token + rows // PACK < seqlen_q, stride_d, tile, D, BLOCK_D, CHECK=not EVEN)
 
 
 @triton.jit
@@ -78,7 +91,7 @@ def _window_fwd_kernel(
     HAS_SINK: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    OWN_LO: tl.constexpr, TMA: tl.constexpr,
+    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
@@ -114,12 +127,12 @@ def _window_fwd_kernel(
         key = token + shift
         k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
         v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
-        k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D)
-        v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV)
-        k_far = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D)
-        k_near = load_keys(k_base, key - HALF, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D)
-        v_far = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV)
-        v_near = load_keys(v_base, key - HALF, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV)
+        k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D, not OWN_LO, EVEN)
+        v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV, not OWN_LO, EVEN)
+        k_far = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
+        k_near = load_keys(k_base, key - HALF, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
+        v_far = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
+        v_near = load_keys(v_base, key - HALF, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
         for part in tl.static_range(PARTS):
             first = token + part * PART
             i = first + rows // PACK
@@ -131,7 +144,7 @@ def _window_fwd_kernel(
             lo = tl.where(lo < hi + key, lo - key, BAND + TOKENS)
             q = load_queries(
                 q_ptr, b, first, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
-                D, BLOCK_D, PART, PACK, TMA,
+                D, BLOCK_D, PART, PACK, TMA, EVEN,
             )  # fmt: skip
             s_far = matmul(q, k_far.T)
             s_near = matmul(q, k_near.T)
@@ -160,7 +173,7 @@ def _window_fwd_kernel(
             lse = tl.where(empty, float("-inf"), (m + tl.log2(l)) * LN2)
             store_queries(
                 out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                DV, BLOCK_DV, PART, PACK, TMA=False,
+                DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
             )  # fmt: skip
             tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
 
@@ -181,6 +194,7 @@ def _plan(problem: Problem, out_strides, tma: bool) -> tuple[tuple[int], WindowC
         "STAGES": config.num_stages,
         "PREFETCH": problem.target.startswith("sm"),
         "OWN_LO": starts_among_own(problem, config.tokens),
+        "EVEN": problem.seqlen_q % config.tokens == 0,
         "TMA": tma,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
