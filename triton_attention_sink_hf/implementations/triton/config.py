@@ -42,7 +42,7 @@ _FORWARD = {
     "medium": KernelConfig(128, 64, 8, 2),
     "wide": KernelConfig(64, 32, 4, 2),
     "fp32 narrow": KernelConfig(64, 32, 8, 2),
-    "fp32 medium": KernelConfig(32, 32, 8, 1),
+    "fp32 medium": KernelConfig(32, 16, 8, 1),
     "fp32 wide": KernelConfig(32, 16, 8, 1),
 }
 _DQ = {
@@ -64,6 +64,37 @@ _DKV = {
 }
 
 
+# Without warpgroup instructions operands pass through registers: fewer rows or more warps.
+_MMA_SYNC = {
+    "forward": {
+        "narrow": KernelConfig(128, 64, 8, 2),
+        "medium": KernelConfig(64, 64, 4, 2),
+        "wide": KernelConfig(32, 32, 4, 2),
+    },
+    "dq": {"narrow": KernelConfig(64, 64, 8, 2)},
+    "dkv": {"narrow": KernelConfig(64, 32, 4, 2)},
+}
+# A wave of 64 lanes: 8 warps are 512 threads, which halves the registers of each.
+_CDNA = {
+    "dq": {"fp32 wide": KernelConfig(16, 16, 4, 1)},
+    "dkv": {
+        "narrow": KernelConfig(64, 32, 4, 2),
+        "medium": KernelConfig(32, 64, 4, 2),
+        "wide": KernelConfig(32, 16, 4, 1),
+        "fp32 wide": KernelConfig(16, 16, 4, 1),
+    },
+}
+_DEFAULT = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
+_OVERRIDES = dict.fromkeys(("sm80", "sm86", "sm87", "sm89", "sm120", "sm121"), _MMA_SYNC)
+_OVERRIDES |= dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _CDNA)
+
+
+def _config(kernel: str, problem) -> KernelConfig:
+    name = _size_class(problem)
+    overrides = _OVERRIDES.get(problem.target, {}).get(kernel, {})
+    return overrides.get(name, _DEFAULT[kernel][name])
+
+
 def _shrink(config: KernelConfig, problem, most_rows: int) -> KernelConfig:
     """Fewer rows for calls with few query rows (decoding), so that a tile is not mostly padding; at least 16."""
     block_m = config.block_m
@@ -73,16 +104,15 @@ def _shrink(config: KernelConfig, problem, most_rows: int) -> KernelConfig:
 
 
 def forward_config(problem) -> KernelConfig:
-    config = _FORWARD[_size_class(problem)]
-    return _shrink(config, problem, problem.seqlen_q * problem.pack)
+    return _shrink(_config("forward", problem), problem, problem.seqlen_q * problem.pack)
 
 
 def dq_config(problem) -> KernelConfig:
-    return _shrink(_DQ[_size_class(problem)], problem, problem.seqlen_q * problem.pack)
+    return _shrink(_config("dq", problem), problem, problem.seqlen_q * problem.pack)
 
 
 def dkv_config(problem) -> KernelConfig:
-    config = _DKV[_size_class(problem)]
-    if problem.call.softcap > 0.0:  # its slope is one more tile in registers
+    config = _config("dkv", problem)
+    if problem.call.softcap > 0.0 and problem.target.startswith("sm"):  # its slope is one more tile in registers
         return KernelConfig(config.block_m, config.block_n, 8, config.num_stages)
     return config
