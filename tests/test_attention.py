@@ -62,7 +62,7 @@ CASES = {
     "padding bidirectional": Case(50, batch=3, padding="right", causal=False),
     "padding Sq < Sk": Case(9, 50, batch=3, padding="left"),
     "used": Case(9, 50, batch=4, used=(50, 0, 5, 33)),
-    "used one query": Case(1, 50, batch=3, used=(50, 1, 33), window=(15, 0), heads=(8, 1)),
+    "used one query": Case(1, 50, batch=8, used=(50, 1, 33, 20, 49, 13, 8, 40), window=(15, 0), heads=(8, 1)),
     "used bidirectional": Case(20, 50, batch=3, used=(50, 7, 33), causal=False, window=(3, 5)),
     "used and padding": Case(9, 50, batch=2, used=(44, 33), padding="left"),
     # lengths
@@ -76,7 +76,7 @@ CASES = {
     "no key in any window": Case(20, 40, causal=False, window=(-1, -1), batch=2, used=(0, 0)),
     # scores
     "softcap": Case(50, softcap=1.5, dlse=True),
-    "softcap window": Case(70, softcap=30.0, window=(20, 0), heads=(2, 1)),
+    "softcap window": Case(70, 90, softcap=30.0, window=(20, 0), heads=(2, 1)),
     "negative scale": Case(50, softmax_scale=-0.3),
     "zero scale": Case(50, softmax_scale=0.0),
     "negative scale with softcap": Case(50, softmax_scale=-0.3, softcap=2.0, padding="left", batch=2),
