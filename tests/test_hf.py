@@ -375,7 +375,8 @@ def test_an_owned_sink_or_window_that_is_not_passed_on_is_refused():
     for attributes in (dict(sliding_window=4), dict(config=config, layer_idx=0)):
         with pytest.raises(ValueError, match="sliding_window must be the 4"):
             attention_forward(layer(**attributes), q, q, q, None)
-    for attributes in (dict(sliding_window=None), dict(config=config, layer_idx=1), dict(sliding_window=8)):
+    full = dict(config=config, layer_idx=1)
+    for attributes in (dict(sliding_window=None), full, dict(sliding_window=4, **full), dict(sliding_window=8)):
         attention_forward(layer(**attributes), q, q, q, None)
 
 
@@ -433,6 +434,8 @@ def test_mask_encoding():
     assert found.dtype == torch.uint8 and torch.equal(found[:, 0, 0] != 0, real)
     # The same behind a sliding cache's offset, and of a longer mask.
     assert torch.equal(attention_mask(2, 6, 1, q_offset=7, kv_offset=2, attention_mask=real)[:, 0, 0] != 0, real[:, 2:])
+    found = attention_mask(2, 4, 1, q_offset=5, kv_offset=2, attention_mask=real)
+    assert torch.equal(found[:, 0, 0] != 0, real[:, 2:6])
     # A static cache of 10 slots with 3 + 2 keys.
     expected = torch.tensor([[0, 0, 0, 5, 5, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 0, 0, 0, 0, 0]], dtype=torch.int32)
     for offset in (3, torch.tensor(3), torch.tensor([3])):
@@ -440,6 +443,26 @@ def test_mask_encoding():
         assert found.dtype == torch.int32 and torch.equal(found[:, 0, 0], expected)
     found = attention_mask(2, 10, attention_mask=real[:, :5], cache_position=torch.tensor([3, 4]))
     assert torch.equal(found[:, 0, 0], expected)
+
+
+def test_the_mask_knows_its_pattern_better_than_is_causal():
+    """Moonshine, and GPT-2 in transformers 4, set is_causal to False wherever there is a mask, as sdpa wants it."""
+    q, real = heads(), torch.ones(2, 8, dtype=torch.bool)
+    real[0, :3] = False
+    for causal in (True, False):
+        skip = {} if causal else {"allow_is_bidirectional_skip": True}
+        mask = attention_mask(2, 8, 8, attention_mask=real, **skip)
+        expected, _ = attention_forward(layer(is_causal=causal), q, q, q, real)
+        found, _ = attention_forward(layer(), q, q, q, mask, is_causal=not causal)
+        assert torch.equal(found, expected)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4's Bloom asks no mask function")
+def test_a_model_that_calls_no_attention_function_is_refused():
+    config = transformers.BloomConfig(n_layer=1, n_head=2, hidden_size=32, vocab_size=VOCAB)
+    config._attn_implementation = NAME
+    with pytest.raises(ValueError, match="attn_implementation must be 'eager' for models of BloomConfig"):
+        transformers.BloomForCausalLM(config)(tokens(1, 4))
 
 
 def test_keys_beyond_a_static_cache_are_hidden():
@@ -457,5 +480,5 @@ def test_a_mask_of_a_bidirectional_layer_does_not_count_queries():
     real = torch.ones(2, 8, dtype=torch.bool)
     real[0, 5:] = False
     found = attention_mask(2, 8, 3, attention_mask=real, allow_is_bidirectional_skip=True)
-    assert found.dtype == torch.uint8 and torch.equal(found[:, 0, 0] != 0, real)
+    assert found.dtype == torch.int8 and torch.equal(found[:, 0, 0] != 0, real)
     assert attention_mask(2, 8, 3, allow_is_bidirectional_skip=True) is None

@@ -5,7 +5,7 @@ transformers calls ``attention_mask`` once per forward and kind of layer, and ha
 
 ==================  ==================================================================================================
 sinks               ``s_aux`` or ``sinks`` (Hq,), one logit per head; per-token sinks are refused
-causality, window   ``is_causal`` (else the module's), ``sliding_window``, bottom-right aligned to the cache
+causality, window   the mask's pattern, ``is_causal``, else the module's; ``sliding_window``; aligned to the cache's end
 packed rows         ``cu_seq_lens_q/k``, else ``position_ids`` cut where they do not rise by 1, if Sq == Sk and no mask
 padding             2-D masks, left or right; an all-ones mask counts as none
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
@@ -14,14 +14,6 @@ refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D mas
                     sliding window, sequence parallelism, and any keyword not known to leave the mathematics alone
                     (``IGNORED_KEYWORDS``; add a name to it if yours does)
 ==================  ==================================================================================================
-
-What passes from one to the other as the model's attention mask has four dimensions, (B, 1, 1, Sk), because models and
-``generate`` hand a 4-D mask on untouched but reinterpret a 2-D one, and a dtype that no model's own mask has:
-
-* None: nothing to hide but the future.
-* uint8: 1 = real key, 0 = padding.
-* int32, for a cache longer than its contents: the number of keys in use in each visible slot, 0 in a hidden one. The
-  number is a value, not a shape, so that a compiled decode step serves every length.
 
 Nothing here copies q, k or v (a packed batch of several rows excepted, where the layout demands it), and no layer
 waits for the device. The mask function does once where a padding mask comes with a whole sequence, to drop an all-ones
@@ -33,9 +25,12 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .integrations.segments import cu_seqlens_from_position_ids, is_capturing, once
+from .integrations.hidden_keys import attention_mask, hidden_keys, is_causal_pattern, is_encoded
+from .integrations.segments import cu_seqlens_from_position_ids, once
 from .integrations.sequence_parallel import refuse_sequence_parallel
 from .interface import attention_sink
+
+__all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 
 # Keywords that models pass on to the attention function and that do not change what it computes.
 IGNORED_KEYWORDS = {
@@ -43,12 +38,6 @@ IGNORED_KEYWORDS = {
     "logits_to_keep", "mm_token_type_ids", "num_items_in_batch", "num_logits_to_keep", "output_hidden_states",
     "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "return_dict", "seq_idx",
     "token_type_ids", "use_cache",
-}  # fmt: skip
-
-# Parts of transformers' mask patterns that the arguments of attention_forward already say.
-_KNOWN_PATTERNS = {
-    "and_masks", "causal_mask_function", "sliding_window_overlay", "bidirectional_mask_function",
-    "sliding_window_bidirectional_overlay", "packed_sequence_mask_function", "remap_positions_for_packed_sequence",
 }  # fmt: skip
 
 
@@ -97,7 +86,7 @@ def attention_forward(
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
     refuse_sequence_parallel()
     sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
-    causal, window_size = _causality(module, key.shape[2], is_causal, sliding_window)
+    causal, window_size = _causality(module, key.shape[2], attention_mask, is_causal, sliding_window)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     options = dict(
         causal=causal,
@@ -111,60 +100,9 @@ def attention_forward(
         packed = (x.flatten(0, 1) for x in (q, k, v))
         out = attention_sink(*packed, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
         return out.unflatten(0, q.shape[:2]), None
-    key_padding_mask, seqused_k = _hidden_keys(attention_mask, q)
+    key_padding_mask, seqused_k = hidden_keys(attention_mask, q)
     out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
     return out, None
-
-
-def attention_mask(
-    batch_size: int,
-    kv_length: int,
-    q_length: int | None = None,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    attention_mask: Tensor | None = None,
-    cache_position: Tensor | None = None,
-    device: torch.device | str | None = None,
-    **kwargs,
-) -> Tensor | None:
-    """The keys hidden from every query, in the encoding of this file's docstring; transformers' mask interface.
-
-    Args:
-        q_length: queries, at positions ``q_offset`` and on (a tensor for static caches).
-        kv_length: key slots, at positions ``kv_offset`` and on.
-        cache_position: (q_length,), in place of q_length and q_offset in transformers 4.57.
-        mask_function: transformers' description of the pattern; all but causal, bidirectional, sliding and packed
-            are refused.
-        attention_mask: 2-D padding mask over all positions so far, nonzero = real.
-
-    Raises:
-        ValueError: a pattern that the attention function could not honour.
-    """
-    _refuse_pattern(mask_function, kwargs)
-    if cache_position is not None:
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
-        device = cache_position.device
-    elif device is None and attention_mask is not None:
-        device = attention_mask.device
-    # Keys in use, where they can be fewer than the slots; a bidirectional pattern counts on the padding mask alone.
-    used = None
-    if kv_length != q_length and "allow_is_bidirectional_skip" not in kwargs:
-        used = q_offset + q_length - kv_offset
-        if not isinstance(used, Tensor) and used == kv_length:
-            used = None
-    real = None
-    if attention_mask is not None:
-        real = attention_mask[:, kv_offset : kv_offset + kv_length] != 0
-        real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
-        if used is None and kv_length == q_length and _all_real(real):
-            real = None
-    if used is None:
-        return None if real is None else real.to(torch.uint8)[:, None, None, :]
-    visible = (torch.arange(kv_length, device=device) < used).expand(batch_size, kv_length)
-    if real is not None:
-        visible = visible & real
-    return (visible * used).to(torch.int32)[:, None, None, :]
 
 
 def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:
@@ -202,9 +140,11 @@ def _one_sink_per_head(module, heads: int, s_aux: Tensor | None, sinks: Tensor |
     return value
 
 
-def _causality(module, seqlen_k: int, is_causal, sliding_window) -> tuple[bool, tuple[int, int]]:
+def _causality(module, seqlen_k: int, mask, is_causal, sliding_window) -> tuple[bool, tuple[int, int]]:
     own = getattr(module, "is_causal", True)
     causal = own if is_causal is None else bool(is_causal)
+    if is_encoded(mask):
+        causal = is_causal_pattern(mask)
     if not sliding_window:
         _refuse_unsaid_window(module, seqlen_k)
         return causal, (-1, -1)
@@ -216,13 +156,10 @@ def _causality(module, seqlen_k: int, is_causal, sliding_window) -> tuple[bool, 
 def _refuse_unsaid_window(module, seqlen_k: int) -> None:
     """A few models put their window into the eager mask only: here it would be lost."""
     config = getattr(module, "config", None)
-    if hasattr(module, "sliding_window"):
-        window = module.sliding_window
-    else:
-        window = getattr(config, "sliding_window", None)
-        kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
-        if index is None or (kinds is not None and kinds[index] != "sliding_attention"):
-            return
+    kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
+    if kinds is not None and index is not None and kinds[index] != "sliding_attention":
+        return
+    window = getattr(module, "sliding_window", None if index is None else getattr(config, "sliding_window", None))
     if window and 0 < window < seqlen_k:
         raise ValueError(
             f"sliding_window must be the {window} that {type(module).__name__} or its config has, got None: the model "
@@ -250,59 +187,3 @@ def _int32(cu: Tensor, device: torch.device) -> Tensor:
     if cu.dtype == torch.int32 and cu.device == device:
         return cu
     return once(cu, ("int32", device), lambda: cu.to(device, torch.int32))
-
-
-def _hidden_keys(mask: Tensor | None, q: Tensor) -> tuple[Tensor | None, Tensor | None]:
-    """key_padding_mask (B, Sk) and seqused_k (B,) from what the model hands on as its attention mask."""
-    if mask is None:
-        return None, None
-    if not isinstance(mask, Tensor):
-        raise TypeError(f"attention_mask must be a 2-D tensor or None, got {type(mask).__name__}")
-    if mask.dim() == 4 and mask.shape[1] == mask.shape[2] == 1 and mask.dtype in (torch.uint8, torch.int32):
-        return once(mask, ("hidden keys", q.device), lambda: _decode(mask[:, 0, 0].to(q.device)))
-    if mask.dim() == 2 and not mask.is_floating_point():
-        if mask.dtype == torch.bool and mask.device == q.device:
-            return mask, None
-        return once(mask, ("real keys", q.device), lambda: (mask.to(q.device) != 0, None))
-    raise ValueError(
-        f"attention_mask must be a 2-D bool or integer padding mask (B, S), got {tuple(mask.shape)} {mask.dtype}: pass "
-        "position_ids that restart for packed rows, or use attn_implementation='eager' for a dense mask"
-    )
-
-
-def _decode(slots: Tensor) -> tuple[Tensor, Tensor | None]:
-    return slots != 0, slots.amax(-1) if slots.dtype == torch.int32 else None
-
-
-def _all_real(real: Tensor) -> bool:
-    return not (torch.compiler.is_compiling() or is_capturing(real)) and bool(real.all())
-
-
-def _refuse_pattern(mask_function, kwargs) -> None:
-    """Raise for transformers' mask patterns that would be lost: chunks, blocks of images, user-supplied functions."""
-    config, local_size = kwargs.get("config"), kwargs.get("local_size")
-    chunk_size = getattr(config, "attention_chunk_size", None)
-    unknown = None
-    if kwargs.get("use_vmap"):
-        unknown = "a custom mask function"
-    elif local_size is not None and local_size == chunk_size and local_size != getattr(config, "sliding_window", None):
-        unknown = "chunked attention"
-    elif not torch.compiler.is_compiling():  # which cannot look into a closure
-        unknown = next((name for name in _pattern_names(mask_function) if name not in _KNOWN_PATTERNS), None)
-    if unknown is not None:
-        raise ValueError(
-            f"the model's mask must be causal, bidirectional, sliding or padded, got {unknown}: use "
-            "attn_implementation='eager' (or 'sdpa' where the model has no sinks)"
-        )
-
-
-def _pattern_names(mask_function) -> list[str]:
-    """Names of the functions of transformers.masking_utils that a pattern is composed of."""
-    names, todo = [], [mask_function] if mask_function is not None else []
-    while todo:
-        function = todo.pop()
-        names.append(getattr(function, "__qualname__", repr(function)).split(".")[0])
-        for cell in getattr(function, "__closure__", None) or ():
-            content = cell.cell_contents
-            todo += [x for x in (content if isinstance(content, tuple) else (content,)) if callable(x)]
-    return names
