@@ -1,4 +1,4 @@
-"""Compile the kernels for one architecture on a machine without it: ``python compile_target.py TARGET [all]``.
+"""Compile the kernels for one architecture on a machine without it: ``python compile_target.py TARGET [CASE...]``.
 
 The launchers themselves run, on tensors without memory, with Triton's driver replaced by one that names the target and
 with every launch turned into a compilation. So the arguments, their specialisation and the configs are the real ones.
@@ -165,4 +165,5 @@ def main(target: str, cases: dict[str, Case]) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], {**CASES, **ALL} if sys.argv[2:] == ["all"] else CASES)
+    every = {**CASES, **ALL}
+    main(sys.argv[1], {name: every[name] for name in sys.argv[2:]} or every)
