@@ -1,12 +1,11 @@
 """Names of the implementations, and the lazily imported modules behind them.
 
 A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None),
-``run_forward`` and ``run_backward``; to add one, add its folder and its line in ``KERNELS``.
+``run_forward`` and ``run_backward``; to add one, add its folder, its name in ``KERNELS`` and its import in ``load``.
 """
 
 from __future__ import annotations
 
-import importlib
 from functools import lru_cache
 from types import ModuleType
 
@@ -17,7 +16,14 @@ REFERENCE = "reference"
 @lru_cache
 def load(name: str) -> ModuleType:
     """Import the backend ``name``; ImportError if what it needs is not installed."""
-    return importlib.import_module(f".{name}", __name__)
+    # import statements, because torch.compile traces them and not importlib
+    if name == "triton_window":
+        from . import triton_window as backend
+    elif name == "triton":
+        from . import triton as backend
+    else:
+        raise ValueError(f"name must be one of {KERNELS}, got {name!r}")
+    return backend
 
 
 def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:

@@ -15,6 +15,7 @@ from .backward import launch_backward
 from .forward import launch_forward
 from .launch import MAX_PACK, Problem
 
+_INTERPRETED = triton.knobs.runtime.interpret  # Triton decides when it meets a kernel, which was at the imports above
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 
@@ -23,8 +24,7 @@ def supports(call: Call) -> str | None:
     q = call.q
     if q.dtype not in _DTYPES:
         return f"the Triton kernels take bfloat16, float16 or float32, got {q.dtype}"
-    interpreted = triton.knobs.runtime.interpret
-    if q.device.type != "cuda" and not (interpreted and q.device.type == "cpu"):
+    if q.device.type != "cuda" and not (_INTERPRETED and q.device.type == "cpu"):
         return f"the Triton kernels need a GPU (or TRITON_INTERPRET=1 on a CPU), got device {q.device}"
     for name, x in (("q", q), ("k", call.k), ("v", call.v)):
         # offsets inside a tile are 32-bit: at most 128 tokens, MAX_PACK heads, 256 columns

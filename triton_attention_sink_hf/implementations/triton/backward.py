@@ -1,4 +1,4 @@
-"""Portable backward in two kernels, each in a fixed order, without atomics and without a workspace but delta.
+"""Portable backward in two kernels, each in a fixed order, without atomics; the workspace is two fp32 a row.
 
 dq: one program per tile of query rows. It takes delta = rowsum(dout * out) - dlse on the way, stores it for the second
 kernel, and leaves per-tile sums of the sink's gradient.
@@ -9,15 +9,17 @@ With P = exp(x - lse), dP = dout v^T: dS = P (dP - delta), dq = scale dS k, dk =
 dsink = -sum over rows of exp(sink - lse) delta.
 """
 
-import torch
 import triton
 import triton.language as tl
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import dkv_config, dq_config
-from .launch import Problem, ceil_div, planned, strides
+from .launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from .masks import key_interval, query_interval, tile_plan
-from .primitives import LOG2E, cap, exp, load_tile, matmul, row_offsets, store_tile
+from .primitives import LOG2E, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from .reduce import sum_rows
+
+MIN_TMA_PACK = 4  # a copied row is at least 16 bytes
 
 
 @triton.jit
@@ -40,16 +42,22 @@ def _probabilities(
 
 @triton.jit
 def _dq_step(
-    dq, row_sum, q, dout, lse, delta, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
+    dq, row_sum, q, dout, lse, delta, k_ptr, v_ptr, k_desc, v_desc, b, head_k, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
     HAS_SINK: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr,
-    MASKED: tl.constexpr,
+    MASKED: tl.constexpr, TMA: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    k = load_tile(k_ptr + n0.to(tl.int64) * stride_kt, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
-    v = load_tile(v_ptr + n0.to(tl.int64) * stride_vt, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
+    BLOCKS: tl.constexpr = TMA and not MASKED  # as in the forward
+    if BLOCKS:
+        k = load_block(k_desc, b, n0, head_k, BLOCK_N, BLOCK_D)
+        v = load_block(v_desc, b, n0, head_k, BLOCK_N, BLOCK_DV)
+    else:
+        k_tile, v_tile = k_ptr + n0.to(tl.int64) * stride_kt, v_ptr + n0.to(tl.int64) * stride_vt
+        k = load_tile(k_tile, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
+        v = load_tile(v_tile, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
     EXACT: tl.constexpr = q.dtype == tl.float32
     s = matmul(q, k.T)
     p, slope = _probabilities(s, lse[:, None], softmax_scale, softcap, PRESCALE, HAS_SOFTCAP, EXACT)
@@ -69,18 +77,18 @@ def _dq_step(
 
 @triton.jit
 def _attn_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, delta_ptr, dsink_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, sink_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, statistics_ptr, dsink_ptr,
     ranges_ptr, padding_ptr, seqused_ptr,
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od,
     stride_dob, stride_dot, stride_doh, stride_dod, stride_dqb, stride_dqt, stride_dqh, stride_dqd,
-    stride_dlb, stride_dlh, stride_dlt, stride_pb, stride_pt,
+    stride_dlb, stride_dlh, stride_dlt, stride_st, stride_sh, stride_sp, stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr,
     HAS_SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
     chunks = heads_q // PACK
@@ -124,7 +132,10 @@ def _attn_bwd_dq_kernel(
         dlse_rows = b.to(tl.int64) * stride_dlb + heads.to(tl.int64) * stride_dlh + i.to(tl.int64) * stride_dlt
         dlse = tl.load(dlse_ptr + dlse_rows, mask=valid, other=0.0)
         delta -= dlse
-    tl.store(delta_ptr + statistic, delta, mask=valid)
+    statistics = statistics_ptr + (b * heads_q).to(tl.int64) * 2 * seqlen_q
+    statistics += row_offsets(rows, token, stride_st, stride_sh, PACK) + head.to(tl.int64) * stride_sh
+    tl.store(statistics, lse, mask=valid)
+    tl.store(statistics + stride_sp, delta, mask=valid)
 
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
     v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
@@ -136,16 +147,16 @@ def _attn_bwd_dq_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
+            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base, n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse, delta, k_base, v_base, padding_base, n0, hi_last, lo, hi,
+            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base, n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
 
     dq_base = dq_ptr + b.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
@@ -166,27 +177,36 @@ def _attn_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, lse_ptr, delta_ptr, t0, seqlen_q, end, lo, hi, softmax_scale, softcap,
-    stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
+    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, statistics_desc, b, head, statistics_ptr, t0, end, lo, hi, softmax_scale, softcap,
+    stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
     PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr,
+    BLOCK_M: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     """Add the part of query rows from token t0 on, up to ``end``; scores are transposed (keys, rows)."""
     rows = tl.arange(0, BLOCK_M)
     i = t0 + rows // PACK
     valid = i < end
-    q_rows = rows // PACK * stride_qt + rows % PACK * stride_qh
-    q = load_tile(q_ptr + t0.to(tl.int64) * stride_qt, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED)
-    dout_rows = rows // PACK * stride_dot + rows % PACK * stride_doh
-    dout = load_tile(dout_ptr + t0.to(tl.int64) * stride_dot, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED)
-    statistic = (rows % PACK).to(tl.int64) * seqlen_q + i
-    if MASKED:
-        lse = tl.load(lse_ptr + statistic, mask=valid, other=0.0)
-        delta = tl.load(delta_ptr + statistic, mask=valid, other=0.0)
+    BLOCKS: tl.constexpr = TMA and not MASKED  # as in the forward
+    if BLOCKS:
+        q = load_block(q_desc, b, t0, head, BLOCK_M, BLOCK_D)
+        dout = load_block(dout_desc, b, t0, head, BLOCK_M, BLOCK_DV)
+        lse = tl.reshape(statistics_desc.load([b, t0, 0, head]), [BLOCK_M])
+        delta = tl.reshape(statistics_desc.load([b, t0, 1, head]), [BLOCK_M])
     else:
-        lse = tl.load(lse_ptr + statistic)
-        delta = tl.load(delta_ptr + statistic)
+        q_tile, dout_tile = q_ptr + t0.to(tl.int64) * stride_qt, dout_ptr + t0.to(tl.int64) * stride_dot
+        q_rows = rows // PACK * stride_qt + rows % PACK * stride_qh
+        q = load_tile(q_tile, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED)
+        dout_rows = rows // PACK * stride_dot + rows % PACK * stride_doh
+        dout = load_tile(dout_tile, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED)
+        statistics = statistics_ptr + t0.to(tl.int64) * stride_st
+        statistics += rows // PACK * stride_st + rows % PACK * stride_sh
+        if MASKED:
+            lse = tl.load(statistics, mask=valid, other=0.0)
+            delta = tl.load(statistics + stride_sp, mask=valid, other=0.0)
+        else:
+            lse = tl.load(statistics)
+            delta = tl.load(statistics + stride_sp)
     EXACT: tl.constexpr = q.dtype == tl.float32
     s = matmul(k, q.T)
     p, slope = _probabilities(s, lse[None, :], softmax_scale, softcap, PRESCALE, HAS_SOFTCAP, EXACT)
@@ -203,16 +223,16 @@ def _dkv_step(
 
 @triton.jit
 def _attn_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, lse_ptr, delta_ptr, dout_ptr, dk_ptr, dv_ptr, ranges_ptr, padding_ptr, seqused_ptr,
+    q_ptr, k_ptr, v_ptr, q_desc, dout_desc, statistics_desc, statistics_ptr, dout_ptr, dk_ptr, dv_ptr, ranges_ptr, padding_ptr, seqused_ptr,
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
     stride_dkb, stride_dkt, stride_dkh, stride_dkd, stride_dvb, stride_dvt, stride_dvh, stride_dvd,
-    stride_pb, stride_pt,
+    stride_st, stride_sh, stride_sp, stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
     HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
     # the first key tiles first: under causality most queries see them
@@ -250,22 +270,22 @@ def _attn_bwd_dkv_kernel(
         head = head_k * group + chunk * PACK
         q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
-        statistic = (b * heads_q + head).to(tl.int64) * seqlen_q
+        statistics = statistics_ptr + (b * heads_q).to(tl.int64) * 2 * seqlen_q + head.to(tl.int64) * stride_sh
         for e in tl.range(0, edges, num_stages=STAGES):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q,
-                hi_last, lo, hi, softmax_scale, softcap,
-                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
-                PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M,
+                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics, t0, hi_last, lo, hi,
+                softmax_scale, softcap,
+                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
+                PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA,
             )  # fmt: skip
         for f in tl.range(0, full, num_stages=STAGES):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, lse_ptr + statistic, delta_ptr + statistic, t0, seqlen_q,
-                hi_last, lo, hi, softmax_scale, softcap,
-                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod,
-                PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M,
+                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics, t0, hi_last, lo, hi,
+                softmax_scale, softcap,
+                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
+                PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA,
             )  # fmt: skip
     dk = dk * softmax_scale
     if HAS_PADDING:
@@ -281,44 +301,58 @@ def _attn_bwd_dkv_kernel(
 
 
 @planned
-def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides) -> tuple[tuple[int], int, dict]:
-    """Grid, rows of partial sums of dsink, constants."""
+def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple:
+    """Grid, rows of partial sums of dsink, config, constants."""
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack) * problem.batch
-    return (tiles * (problem.heads_q // problem.pack),), tiles, {
-        **problem.mask_arguments(),
-        **strides("q", call.q.stride()),
-        **strides("k", call.k.stride()),
-        **strides("v", call.v.stride()),
-        **strides("o", out_strides),
-        **strides("do", dout_strides),
-        **strides("dq", dq_strides),
-        **dlse_arguments(dlse_strides),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "STAGES": config.num_stages,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return (
+        (tiles * (problem.heads_q // problem.pack),),
+        tiles,
+        config,
+        {
+            **problem.mask_arguments(),
+            **strides("q", call.q.stride()),
+            **strides("k", call.k.stride()),
+            **strides("v", call.v.stride()),
+            **strides("o", out_strides),
+            **strides("do", dout_strides),
+            **strides("dq", dq_strides),
+            **dlse_arguments(dlse_strides),
+            **statistics_strides(problem),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+            "TMA": tma,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
 @planned
-def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> tuple[tuple[int], dict]:
+def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool) -> tuple:
+    """Grid, config, constants."""
     call, config = problem.call, dkv_config(problem)
-    return (ceil_div(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,), {
-        **problem.mask_arguments(),
-        **strides("q", call.q.stride()),
-        **strides("k", call.k.stride()),
-        **strides("v", call.v.stride()),
-        **strides("do", dout_strides),
-        **strides("dk", dk_strides),
-        **strides("dv", dv_strides),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "STAGES": config.num_stages,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return (
+        (ceil_div(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,),
+        config,
+        {
+            **problem.mask_arguments(),
+            **strides("q", call.q.stride()),
+            **strides("k", call.k.stride()),
+            **strides("v", call.v.stride()),
+            **strides("do", dout_strides),
+            **strides("dk", dk_strides),
+            **strides("dv", dv_strides),
+            **statistics_strides(problem),
+            "BLOCK_M": config.block_m,
+            "BLOCK_N": config.block_n,
+            "STAGES": config.num_stages,
+            "TMA": tma,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
 def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
@@ -327,36 +361,64 @@ def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
     return {"stride_dlb": b, "stride_dlh": h, "stride_dlt": t, "HAS_DLSE": stride is not None}
 
 
+def statistics_strides(problem: Problem) -> dict:
+    """lse and delta as the second kernel reads them, 2 B Sq Hq fp32: the packed heads of a token side by side.
+
+    Rows of a tile are then few wide loads. Unpacked heads have their tokens side by side.
+    """
+    if problem.pack > 1:
+        return {
+            "stride_st": tl.constexpr(2 * problem.heads_q),
+            "stride_sh": tl.constexpr(1),
+            "stride_sp": problem.heads_q,
+        }
+    return {"stride_st": tl.constexpr(1), "stride_sh": 2 * problem.seqlen_q, "stride_sp": problem.seqlen_q}
+
+
+def statistics_descriptor(problem: Problem, statistics, tokens: int) -> TensorDescriptor:
+    """Blocks of (1, tokens, 1, packed heads) of (B, Sq, 2, Hq): lse and delta of a tile's rows."""
+    shape = [problem.batch, problem.seqlen_q, 2, problem.heads_q]
+    stride = [2 * problem.seqlen_q * problem.heads_q, 2 * problem.heads_q, problem.heads_q, 1]
+    return TensorDescriptor(statistics, shape, stride, [1, tokens, 1, problem.pack])
+
+
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call, mask_tensors = problem.call, problem.mask_tensors()
     dlse_strides = None if dlse is None else dlse.stride()
-    grid, parts, constants = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides)
-    delta = torch.empty_like(lse)
+    tma = use_tma(problem, call.q, call.k, call.v, dout)
+    grid, parts, config, constants = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, tma)
+    statistics = lse.new_empty(2 * lse.numel())
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
     _attn_bwd_dq_kernel[grid](
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
+        k_desc=descriptor(call.k, config.block_n, 1) if tma else None,
+        v_desc=descriptor(call.v, config.block_n, 1) if tma else None,
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
         dout_ptr=dout,
         dlse_ptr=dlse,
         dq_ptr=dq,
-        delta_ptr=delta,
+        statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
         **mask_tensors,
         **constants,
     )
     if dk is not None:
-        grid, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride())
+        tma = tma and problem.pack >= MIN_TMA_PACK
+        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), tma)
+        tokens = config.block_m // problem.pack
         _attn_bwd_dkv_kernel[grid](
             q_ptr=call.q,
             k_ptr=call.k,
             v_ptr=call.v,
-            lse_ptr=lse,
-            delta_ptr=delta,
+            q_desc=descriptor(call.q, tokens, problem.pack) if tma else None,
+            dout_desc=descriptor(dout, tokens, problem.pack) if tma else None,
+            statistics_desc=statistics_descriptor(problem, statistics, tokens) if tma else None,
+            statistics_ptr=statistics,
             dout_ptr=dout,
             dk_ptr=dk,
             dv_ptr=dv,

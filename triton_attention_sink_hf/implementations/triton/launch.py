@@ -7,11 +7,13 @@ import functools
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call
 from .masks import _segment_range_kernel
 
 MAX_PLANS = 1024
+TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
 MAX_PACK = 8  # heads in a tile; more leave too few tokens per tile for causal edges
 
 
@@ -170,6 +172,22 @@ def strides(name: str, stride: tuple[int, ...]) -> dict:
         f"stride_{name}h": tl.constexpr(h) if h <= t else h,
         f"stride_{name}d": tl.constexpr(d),
     }
+
+
+def use_tma(problem: Problem, *tensors: Tensor) -> bool:
+    """Whether Hopper's copy engine can address the tensors: last dimension contiguous, all else 16-byte aligned."""
+    return problem.target in TMA_TARGETS and all(
+        x.stride(-1) == 1
+        and x.data_ptr() % 16 == 0
+        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
+        for x in tensors
+    )
+
+
+def descriptor(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
+    """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
+    shape = x.shape
+    return TensorDescriptor(x, shape, x.stride(), [1, tokens, heads, next_power_of_2(shape[-1])])
 
 
 def ceil_div(a: int, b: int) -> int:

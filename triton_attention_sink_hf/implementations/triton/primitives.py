@@ -34,6 +34,12 @@ def load_tile(ptr, offsets, valid, stride_d, SIZE: tl.constexpr, BLOCK: tl.const
 
 
 @triton.jit
+def load_block(desc, b, token, head, ROWS: tl.constexpr, BLOCK: tl.constexpr):
+    """(ROWS, BLOCK) tile from a descriptor of (1, tokens, heads, BLOCK) blocks, tokens outermost; 0 outside the tensor."""
+    return tl.reshape(desc.load([b, token, head, 0]), [ROWS, BLOCK])
+
+
+@triton.jit
 def store_tile(
     ptr, offsets, valid, stride_d, tile, SIZE: tl.constexpr, BLOCK: tl.constexpr, CHECK: tl.constexpr = True
 ):  # fmt: skip

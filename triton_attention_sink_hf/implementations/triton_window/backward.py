@@ -9,23 +9,15 @@ that neither the mask nor the subtraction costs anything after them.
 import triton
 import triton.language as tl
 
-from ..triton.backward import dlse_arguments
-from ..triton.launch import Problem, ceil_div, planned, strides
+from ..triton.backward import MIN_TMA_PACK, dlse_arguments, statistics_descriptor
+from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from ..triton.masks import key_interval, query_interval
 from ..triton.primitives import LOG2E, matmul, store_tile
 from ..triton.reduce import sum_rows
-DKV_TMA = False
 from .config import dkv_config, dq_config, programs
-from .forward import (
-    descriptor,
-    load_keys,
-    load_queries,
-    place,
-    starts_among_own,
-    store_queries,
-    use_tma,
-    window_arguments,
-)
+from .forward import load_keys, load_queries, place, starts_among_own, store_queries, window_arguments
+
+DKV_TMA = True
 
 
 @triton.jit
@@ -127,7 +119,7 @@ def _window_bwd_dkv_kernel(
     BAND: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ONE_SIDED: tl.constexpr,
     EVEN: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
-    """q, dout: descriptors of (1, TOKENS, PACK, D) blocks with TMA, else pointers."""
+    """q, dout: descriptors of (1, TOKENS, PACK, D) blocks with TMA, statistics of (1, TOKENS, 1, PACK); else pointers."""
     ROWS: tl.constexpr = TOKENS * PACK
     GROUP: tl.constexpr = HEADS_Q // HEADS_K
     scale = softmax_scale * LOG2E
@@ -176,13 +168,17 @@ def _window_bwd_dkv_kernel(
                 DV, BLOCK_DV, TOKENS, PACK, TMA, EVEN,
             )  # fmt: skip
             i = token + rows // PACK
-            statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
-            if EVEN:
-                start_s = tl.load(statistic + statistic_rows)
-                start_dp = tl.load(statistic + HEADS_Q + statistic_rows)
+            if TMA:
+                start_s = tl.reshape(statistics_ptr.load([b, token, 0, head]), [ROWS])
+                start_dp = tl.reshape(statistics_ptr.load([b, token, 1, head]), [ROWS])
             else:
-                start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
-                start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
+                statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
+                if EVEN:
+                    start_s = tl.load(statistic + statistic_rows)
+                    start_dp = tl.load(statistic + HEADS_Q + statistic_rows)
+                else:
+                    start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
+                    start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
             if ONE_SIDED:
                 near = token < diagonal_end
                 visible = tl.where(near, i, -i)[None, :] >= tl.where(near, lo, 1 - hi)[:, None]
@@ -204,23 +200,28 @@ def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch
     n_tiles = tiles * (problem.heads_q // problem.pack)
-    return (min(n_tiles, programs(problem, config)),), tiles, config, {
-        **window_arguments(problem),
-        **strides("q", call.q.stride()),
-        **strides("k", call.k.stride()),
-        **strides("v", call.v.stride()),
-        **strides("do", dout_strides),
-        **strides("dq", dq_strides),
-        **dlse_arguments(dlse_strides),
-        "n_tiles": n_tiles,
-        "TOKENS": config.tokens,
-        "STAGES": config.num_stages,
-        "OWN_LO": starts_among_own(problem, config.tokens),
-        "EVEN": problem.seqlen_q % config.tokens == 0,
-        "TMA": tma,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return (
+        (min(n_tiles, programs(problem, config)),),
+        tiles,
+        config,
+        {
+            **window_arguments(problem),
+            **strides("q", call.q.stride()),
+            **strides("k", call.k.stride()),
+            **strides("v", call.v.stride()),
+            **strides("do", dout_strides),
+            **strides("dq", dq_strides),
+            **dlse_arguments(dlse_strides),
+            "n_tiles": n_tiles,
+            "TOKENS": config.tokens,
+            "STAGES": config.num_stages,
+            "OWN_LO": starts_among_own(problem, config.tokens),
+            "EVEN": problem.seqlen_q % config.tokens == 0,
+            "TMA": tma,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
 @planned
@@ -231,23 +232,27 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool)
     del arguments["HAS_SINK"]
     # A step then meets either the diagonal or the window's far edge, so one comparison decides.
     one_sided = not call.mask.packed and call.mask.left >= config.keys + config.tokens
-    return (ceil_div(problem.seqlen_k, config.keys) * problem.batch * problem.heads_k,), config, {
-        **arguments,
-        **strides("q", call.q.stride()),
-        **strides("k", call.k.stride()),
-        **strides("v", call.v.stride()),
-        **strides("do", dout_strides),
-        **strides("dk", dk_strides),
-        **strides("dv", dv_strides),
-        "TOKENS": config.tokens,
-        "KEYS": config.keys,
-        "STAGES": config.num_stages,
-        "ONE_SIDED": one_sided,
-        "EVEN": problem.seqlen_q % config.tokens == 0,
-        "TMA": tma,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return (
+        (ceil_div(problem.seqlen_k, config.keys) * problem.batch * problem.heads_k,),
+        config,
+        {
+            **arguments,
+            **strides("q", call.q.stride()),
+            **strides("k", call.k.stride()),
+            **strides("v", call.v.stride()),
+            **strides("do", dout_strides),
+            **strides("dk", dk_strides),
+            **strides("dv", dv_strides),
+            "TOKENS": config.tokens,
+            "KEYS": config.keys,
+            "STAGES": config.num_stages,
+            "ONE_SIDED": one_sided,
+            "EVEN": problem.seqlen_q % config.tokens == 0,
+            "TMA": tma,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
 def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
@@ -258,9 +263,7 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
     grid, parts, config, constants = _dq_plan(problem, dout.stride(), dq.stride(), dlse_strides, tma)
     statistics = lse.new_empty(problem.batch, problem.seqlen_q, 2, problem.heads_q)
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
-    q_rows, dout_rows, dq_rows = (
-        descriptor(x, config.tokens, problem) if tma else x for x in (call.q, dout, dq)
-    )
+    q_rows, dout_rows, dq_rows = (descriptor(x, config.tokens, problem.pack) if tma else x for x in (call.q, dout, dq))
     _window_bwd_dq_kernel[grid](
         q_ptr=q_rows,
         k_ptr=call.k,
@@ -276,16 +279,17 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
         **constants,
     )
     if dk is not None:
-        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), tma and DKV_TMA)
-        if tma and DKV_TMA:
-            q_rows, dout_rows = (descriptor(x, config.tokens, problem) for x in (call.q, dout))
-        else:
-            q_rows, dout_rows = call.q, dout
+        tma = tma and DKV_TMA and problem.pack >= MIN_TMA_PACK
+        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), tma)
+        q_rows, dout_rows, statistics_rows = call.q, dout, statistics
+        if tma:
+            q_rows, dout_rows = (descriptor(x, config.tokens, problem.pack) for x in (call.q, dout))
+            statistics_rows = statistics_descriptor(problem, statistics, config.tokens)
         _window_bwd_dkv_kernel[grid](
             q_ptr=q_rows,
             k_ptr=call.k,
             v_ptr=call.v,
-            statistics_ptr=statistics,
+            statistics_ptr=statistics_rows,
             dout_ptr=dout_rows,
             dk_ptr=dk,
             dv_ptr=dv,

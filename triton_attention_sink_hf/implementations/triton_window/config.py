@@ -10,7 +10,6 @@ import torch
 from ..triton.launch import next_power_of_2
 
 MAX_LEFT = 128  # at 64 rows, 144 scores a row in fp32 are what the registers of 4 warps hold
-TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
 ROWS = 64  # one warpgroup's matrix instruction
 
 

@@ -7,12 +7,11 @@ and fetch their next queries into L2 while they compute.
 
 import triton
 import triton.language as tl
-from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..triton.launch import Problem, ceil_div, next_power_of_2, planned, strides
+from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from ..triton.masks import query_interval
-from ..triton.primitives import LN2, LOG2E, load_tile, matmul, store_tile
-from .config import TMA_TARGETS, WindowConfig, band_size, forward_config, programs
+from ..triton.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
+from .config import WindowConfig, band_size, forward_config, programs
 
 
 @triton.jit
@@ -49,7 +48,7 @@ def load_queries(
 ):  # fmt: skip
     """(TOKENS * PACK, D) rows: PACK heads of each token. ``tensor``: with TMA a descriptor of [1, TOKENS, PACK, D]. EVEN: all exist."""
     if TMA:
-        return tl.reshape(tensor.load([b, token, head, 0]), [TOKENS * PACK, BLOCK_D])
+        return load_block(tensor, b, token, head, TOKENS * PACK, BLOCK_D)
     else:
         rows = tl.arange(0, TOKENS * PACK)
         base = tensor + b.to(tl.int64) * stride_b + token.to(tl.int64) * stride_t + head.to(tl.int64) * stride_h
@@ -182,23 +181,27 @@ def _window_fwd_kernel(
 def _plan(problem: Problem, out_strides, tma: bool) -> tuple[tuple[int], WindowConfig, dict]:
     call, config = problem.call, forward_config(problem)
     n_tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch * (problem.heads_q // problem.pack)
-    return (min(n_tiles, programs(problem, config)),), config, {
-        **window_arguments(problem),
-        **strides("q", call.q.stride()),
-        **strides("k", call.k.stride()),
-        **strides("v", call.v.stride()),
-        **strides("o", out_strides),
-        "n_tiles": n_tiles,
-        "TOKENS": config.tokens,
-        "PARTS": config.parts,
-        "STAGES": config.num_stages,
-        "PREFETCH": problem.target.startswith("sm"),
-        "OWN_LO": starts_among_own(problem, config.tokens),
-        "EVEN": problem.seqlen_q % config.tokens == 0,
-        "TMA": tma,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+    return (
+        (min(n_tiles, programs(problem, config)),),
+        config,
+        {
+            **window_arguments(problem),
+            **strides("q", call.q.stride()),
+            **strides("k", call.k.stride()),
+            **strides("v", call.v.stride()),
+            **strides("o", out_strides),
+            "n_tiles": n_tiles,
+            "TOKENS": config.tokens,
+            "PARTS": config.parts,
+            "STAGES": config.num_stages,
+            "PREFETCH": problem.target.startswith("sm"),
+            "OWN_LO": starts_among_own(problem, config.tokens),
+            "EVEN": problem.seqlen_q % config.tokens == 0,
+            "TMA": tma,
+            "num_warps": config.num_warps,
+            "num_stages": config.num_stages,
+        },
+    )
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
@@ -207,7 +210,7 @@ def launch_forward(problem: Problem, out, lse) -> None:
     tma = use_tma(problem, call.q)
     grid, config, constants = _plan(problem, out.stride(), tma)
     _window_fwd_kernel[grid](
-        q_ptr=descriptor(call.q, config.tokens // config.parts, problem) if tma else call.q,
+        q_ptr=descriptor(call.q, config.tokens // config.parts, problem.pack) if tma else call.q,
         prefetch_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
@@ -231,19 +234,3 @@ def starts_among_own(problem: Problem, tokens: int) -> bool:
     where there are more queries than keys."""
     mask = problem.call.mask
     return mask.packed or mask.left < tokens - 1 or problem.seqlen_q > problem.seqlen_k
-
-
-def use_tma(problem: Problem, *tensors) -> bool:
-    """Whether Hopper's copy engine can address the tensors: last dimension contiguous, all else 16-byte aligned."""
-    return problem.target in TMA_TARGETS and all(
-        x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
-
-
-def descriptor(x, tokens: int, problem: Problem) -> TensorDescriptor:
-    """Blocks of (1, tokens, packed heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    shape = x.shape
-    return TensorDescriptor(x, shape, x.stride(), [1, tokens, problem.pack, next_power_of_2(shape[-1])])
