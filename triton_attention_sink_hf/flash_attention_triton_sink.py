@@ -176,7 +176,9 @@ def _segments(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k) 
             raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, got one")
         if q.shape[0] != 1:
             raise ValueError(f"the batch must be 1 where cu_seq_lens_q and cu_seq_lens_k are given, got {q.shape[0]}")
-        return _int32(cu_seq_lens_q, q.device), _int32(cu_seq_lens_k, q.device)
+        cu_q = _int32(cu_seq_lens_q, q.device)
+        # One object for both sides where it is one: some kernels serve only rows cut alike.
+        return cu_q, cu_q if cu_seq_lens_k is cu_seq_lens_q else _int32(cu_seq_lens_k, q.device)
     if attention_mask is not None or q.shape[1] != k.shape[1]:
         return None, None
     cu = cu_seqlens_from_position_ids(position_ids, q.shape[0], q.shape[1], q.device)
