@@ -116,7 +116,7 @@ def _check_window(window_size: tuple[int, int]) -> None:
 def _check_number(name: str, value: object) -> None:
     if isinstance(value, bool) or not isinstance(value, (int, float, torch.SymFloat, torch.SymInt)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__}")
-    if isinstance(value, (int, float)) and not math.isfinite(value):
+    if isinstance(value, (int, float)) and not -math.inf < value < math.inf:  # torch.compile cannot trace math.isfinite
         raise ValueError(f"{name} must be finite, got {value}")
 
 
