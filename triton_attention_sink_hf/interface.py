@@ -142,7 +142,8 @@ def _prepare(
         softmax_scale = q.shape[-1] ** -0.5
     if cu_seqlens_q is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    mask = Mask(window_size[0], 0 if causal else window_size[1], cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    right = 0 if causal else window_size[1]
+    mask = Mask(window_size[0], right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic)

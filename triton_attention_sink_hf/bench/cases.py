@@ -55,7 +55,7 @@ class Case:
 
 
 def rl_lengths(total: int, longest: int, seed: int = 0) -> tuple[int, ...]:
-    """Segment lengths as in an RL batch: log-normal (median 700, sigma 1), clipped to [32, longest], summing to total."""
+    """Lengths as in an RL batch: log-normal (median 700, sigma 1), clipped to [32, longest], summing to total."""
     generator = random.Random(seed)
     lengths: list[int] = []
     while sum(lengths) < total:

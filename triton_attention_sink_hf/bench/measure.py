@@ -14,12 +14,12 @@ import triton
 from torch import Tensor
 
 from .cases import Case
-from .oracle import errors
+from .oracle import errors, oracles
 from .peers import GRADIENTS, PEERS, Runner, Unsupported
 
 # A wrong kernel is off by 0.1 or more; bf16 gradients of these shapes stay under 0.02 for every right one.
 LIMIT = {"out": 0.01, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dsink": 0.05}
-WARMUP_MS, REPEAT_MS = 50, 200
+WARMUP_MS, REPEAT_MS = 25, 100
 
 
 def make_tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
@@ -71,11 +71,12 @@ def extra_memory(function: Callable) -> int:
 def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Iterator[dict]:
     """One row per implementation and direction. A failed check or call gives a row with ``problem`` and no time."""
     tensors = make_tensors(case)
+    want = oracles(case, tensors)
     for name in names:
         row = {"case": case.name, "implementation": name}
         try:
             runner = PEERS[name](case, tensors)
-            row["errors"] = _check(case, tensors, runner)
+            row["errors"] = _check(runner, want)
         except (ImportError, Unsupported) as reason:
             yield {**row, "problem": str(reason)}
             continue
@@ -103,12 +104,12 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
         torch.cuda.empty_cache()
 
 
-def _check(case: Case, tensors: dict[str, Tensor], runner: Runner) -> dict[str, float]:
+def _check(runner: Runner, want: dict[int, dict[str, Tensor]]) -> dict[str, float]:
     with torch.no_grad():
         got = {"out": runner.forward()}
     if runner.backward is not None:
         got.update(zip(GRADIENTS, runner.backward(), strict=True))
-    return errors(got, case, tensors)
+    return errors(got, want)
 
 
 def ceilings() -> dict[str, float]:

@@ -50,16 +50,20 @@ def oracle(case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dout: Tensor, h
     return result
 
 
-def errors(got: dict[str, Tensor], case, tensors: dict[str, Tensor], heads_k=(0, -1)) -> dict[str, float]:
-    """Worst relative error (norm of the difference over norm) per output over some key heads; NaN counts as inf."""
-    q, k = tensors["q"], tensors["k"]
-    G = q.shape[2] // k.shape[2]
+def oracles(case, tensors: dict[str, Tensor], heads_k=(0, -1)) -> dict[int, dict[str, Tensor]]:
+    """The oracle of some key heads; a benchmark asks once per case and compares every implementation with it."""
+    n = tensors["k"].shape[2]
+    return {head_k: oracle(case, **tensors, head_k=head_k) for head_k in sorted({h % n for h in heads_k})}
+
+
+def errors(got: dict[str, Tensor], want: dict[int, dict[str, Tensor]]) -> dict[str, float]:
+    """Worst relative error (norm of the difference over norm) per output over the oracle's heads; NaN counts as inf."""
     worst: dict[str, float] = {}
-    for head_k in sorted({h % k.shape[2] for h in heads_k}):
+    for head_k, expected in want.items():
+        G = expected["out"].shape[2]
         heads = slice(head_k * G, (head_k + 1) * G)
-        want = oracle(case, **tensors, head_k=head_k)
         for name, x in got.items():
             x = x[heads] if name == "dsink" else x[:, :, heads] if name in ("out", "dq") else x[:, :, head_k]
-            error = float((x.double() - want[name]).norm() / want[name].norm())
+            error = float((x.double() - expected[name]).norm() / expected[name].norm())
             worst[name] = max(worst.get(name, 0.0), error if error == error else float("inf"))
     return worst

@@ -65,7 +65,8 @@ def pair_ms(rows: list[dict]) -> dict[str, float]:
 def table(lines: list[dict]) -> str:
     """Plain text, one line per case and direction."""
     text = [
-        f"{'case':26s} {'':8s} {'ms':>8s} {'TFLOP/s':>8s} {'% floor':>8s} {'host us':>8s}  {'best peer':>26s} {'ratio':>6s}"
+        f"{'case':26s} {'':8s} {'ms':>8s} {'TFLOP/s':>8s} {'% floor':>8s} {'host us':>8s}  "
+        f"{'best peer':>26s} {'ratio':>6s}"
     ]
     for line in lines:
         peer, ratio = "-", "-"
@@ -96,7 +97,7 @@ def plot(lines: list[dict], title: str, directory: Path) -> list[Path]:
         chosen = [line for line in lines if line["direction"] == direction]
         if not chosen:
             continue
-        names = [OURS] + sorted({name for line in chosen for name in line["peers_ms"]} - {"eager"})
+        names = [OURS, *sorted({name for line in chosen for name in line["peers_ms"]} - {"eager"})]
         figure, axis = plt.subplots(figsize=(11, 0.62 * len(chosen) + 1.6))
         height = 0.84 / len(names)
         colors = ["#d1495b", "#30638e", "#00798c", "#edae49", "#8d96a3", "#66a182"]

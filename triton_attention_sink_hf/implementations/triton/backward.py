@@ -42,7 +42,8 @@ def _probabilities(
 
 @triton.jit
 def _dq_step(
-    dq, row_sum, q, dout, lse, delta, k_ptr, v_ptr, k_desc, v_desc, b, head_k, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
+    dq, row_sum, q, dout, lse, delta, k_ptr, v_ptr, k_desc, v_desc, b, head_k, padding_ptr, n0, end, lo, hi,
+    softmax_scale, softcap,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
     HAS_SINK: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr,
     MASKED: tl.constexpr, TMA: tl.constexpr,
@@ -50,7 +51,7 @@ def _dq_step(
 ):  # fmt: skip
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    BLOCKS: tl.constexpr = TMA and not MASKED  # as in the forward
+    BLOCKS: tl.constexpr = TMA and not MASKED  # what lies past ``end`` may hold anything
     if BLOCKS:
         k = load_block(k_desc, b, n0, head_k, BLOCK_N, BLOCK_D)
         v = load_block(v_desc, b, n0, head_k, BLOCK_N, BLOCK_DV)
@@ -77,8 +78,8 @@ def _dq_step(
 
 @triton.jit
 def _attn_bwd_dq_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, sink_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, statistics_ptr, dsink_ptr,
-    ranges_ptr, padding_ptr, seqused_ptr,
+    q_ptr, k_ptr, v_ptr, k_desc, v_desc, sink_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, statistics_ptr,
+    dsink_ptr, ranges_ptr, padding_ptr, seqused_ptr,
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od,
@@ -147,14 +148,16 @@ def _attn_bwd_dq_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base, n0, hi_last, lo, hi,
+            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base,
+            n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base, n0, hi_last, lo, hi,
+            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base,
+            n0, hi_last, lo, hi,
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
@@ -177,17 +180,18 @@ def _attn_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, statistics_desc, b, head, statistics_ptr, t0, end, lo, hi, softmax_scale, softcap,
+    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, statistics_desc, b, head, statistics_ptr,
+    t0, end, lo, hi, softmax_scale, softcap,
     stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
     PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
 ):  # fmt: skip
     """Add the part of query rows from token t0 on, up to ``end``; scores are transposed (keys, rows)."""
     rows = tl.arange(0, BLOCK_M)
     i = t0 + rows // PACK
     valid = i < end
-    BLOCKS: tl.constexpr = TMA and not MASKED  # as in the forward
+    BLOCKS: tl.constexpr = TMA and (WHOLE or not MASKED)  # rows past ``end`` are real unless packed rows are cut short
     if BLOCKS:
         q = load_block(q_desc, b, t0, head, BLOCK_M, BLOCK_D)
         dout = load_block(dout_desc, b, t0, head, BLOCK_M, BLOCK_DV)
@@ -223,7 +227,8 @@ def _dkv_step(
 
 @triton.jit
 def _attn_bwd_dkv_kernel(
-    q_ptr, k_ptr, v_ptr, q_desc, dout_desc, statistics_desc, statistics_ptr, dout_ptr, dk_ptr, dv_ptr, ranges_ptr, padding_ptr, seqused_ptr,
+    q_ptr, k_ptr, v_ptr, q_desc, dout_desc, statistics_desc, statistics_ptr, dout_ptr, dk_ptr, dv_ptr,
+    ranges_ptr, padding_ptr, seqused_ptr,
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
@@ -274,18 +279,18 @@ def _attn_bwd_dkv_kernel(
         for e in tl.range(0, edges, num_stages=STAGES):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics, t0, hi_last, lo, hi,
-                softmax_scale, softcap,
+                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics,
+                t0, hi_last, lo, hi, softmax_scale, softcap,
                 stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
-                PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA,
+                PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
             )  # fmt: skip
         for f in tl.range(0, full, num_stages=STAGES):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics, t0, hi_last, lo, hi,
-                softmax_scale, softcap,
+                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics,
+                t0, hi_last, lo, hi, softmax_scale, softcap,
                 stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
-                PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA,
+                PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
             )  # fmt: skip
     dk = dk * softmax_scale
     if HAS_PADDING:
@@ -301,7 +306,7 @@ def _attn_bwd_dkv_kernel(
 
 
 @planned
-def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple:
+def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides, aligned: bool) -> tuple:
     """Grid, rows of partial sums of dsink, config, constants."""
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack) * problem.batch
@@ -322,7 +327,7 @@ def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strid
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "STAGES": config.num_stages,
-            "TMA": tma,
+            "TMA": aligned and config.tma,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
@@ -330,7 +335,7 @@ def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strid
 
 
 @planned
-def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool) -> tuple:
+def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: bool) -> tuple:
     """Grid, config, constants."""
     call, config = problem.call, dkv_config(problem)
     return (
@@ -348,7 +353,7 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool)
             "BLOCK_M": config.block_m,
             "BLOCK_N": config.block_n,
             "STAGES": config.num_stages,
-            "TMA": tma,
+            "TMA": aligned and config.tma and problem.pack >= MIN_TMA_PACK,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
@@ -386,8 +391,9 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call, mask_tensors = problem.call, problem.mask_tensors()
     dlse_strides = None if dlse is None else dlse.stride()
-    tma = use_tma(problem, call.q, call.k, call.v, dout)
-    grid, parts, config, constants = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, tma)
+    aligned = use_tma(problem, call.q, call.k, call.v, dout)
+    grid, parts, config, constants = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
+    tma = constants["TMA"]
     statistics = lse.new_empty(2 * lse.numel())
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
     _attn_bwd_dq_kernel[grid](
@@ -408,8 +414,8 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         **constants,
     )
     if dk is not None:
-        tma = tma and problem.pack >= MIN_TMA_PACK
-        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), tma)
+        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
+        tma = constants["TMA"]
         tokens = config.block_m // problem.pack
         _attn_bwd_dkv_kernel[grid](
             q_ptr=call.q,

@@ -7,17 +7,21 @@ Rows of a query tile are tokens times packed heads. Shared memory holds the quer
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Tile sizes in rows and keys, and what Triton is told: warps per program, depth of the load pipeline."""
+    """Tile sizes in rows and keys, and what Triton is told: warps per program, depth of the load pipeline.
+
+    ``tma``: the loop's tiles come by Hopper's copy engine where their strides allow it.
+    """
 
     block_m: int
     block_n: int
     num_warps: int
     num_stages: int
+    tma: bool = False
 
     def __post_init__(self):
         for name in ("block_m", "block_n", "num_warps"):
@@ -72,7 +76,7 @@ _MMA_SYNC = {
         "wide": KernelConfig(32, 32, 4, 2),
     },
     "dq": {"narrow": KernelConfig(64, 64, 8, 2)},
-    "dkv": {"narrow": KernelConfig(64, 32, 4, 2)},
+    "dkv": {"narrow": KernelConfig(32, 64, 4, 2)},
 }
 # A wave of 64 lanes: 8 warps are 512 threads, which halves the registers of each.
 _CDNA = {
@@ -84,8 +88,23 @@ _CDNA = {
         "fp32 wide": KernelConfig(16, 16, 4, 1),
     },
 }
+# Measured on an H100 (benchmarks/NOTES.md). dk, dv at D = 128 keep a few registers in memory and are the fastest so.
+_HOPPER = {
+    "forward": {"medium": KernelConfig(128, 64, 8, 3), "wide": KernelConfig(128, 64, 8, 2)},
+    "dq": {
+        "narrow": KernelConfig(128, 64, 4, 3, tma=True),
+        "medium": KernelConfig(128, 64, 8, 3),
+        "wide": KernelConfig(64, 32, 4, 2, tma=True),
+    },
+    "dkv": {
+        "narrow": KernelConfig(64, 64, 4, 3, tma=True),
+        "medium": KernelConfig(64, 128, 8, 3, tma=True),
+        "wide": KernelConfig(64, 64, 8, 2, tma=True),
+    },
+}
 _DEFAULT = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
 _OVERRIDES = dict.fromkeys(("sm80", "sm86", "sm87", "sm89", "sm120", "sm121"), _MMA_SYNC)
+_OVERRIDES["sm90"] = _HOPPER
 _OVERRIDES |= dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _CDNA)
 
 
@@ -100,7 +119,7 @@ def _shrink(config: KernelConfig, problem, most_rows: int) -> KernelConfig:
     block_m = config.block_m
     while block_m > 16 and block_m // 2 >= max(most_rows, problem.pack):
         block_m //= 2
-    return KernelConfig(block_m, config.block_n, config.num_warps, config.num_stages)
+    return replace(config, block_m=block_m)
 
 
 def forward_config(problem) -> KernelConfig:
@@ -114,5 +133,5 @@ def dq_config(problem) -> KernelConfig:
 def dkv_config(problem) -> KernelConfig:
     config = _config("dkv", problem)
     if problem.call.softcap > 0.0 and problem.target.startswith("sm"):  # its slope is one more tile in registers
-        return KernelConfig(config.block_m, config.block_n, 8, config.num_stages)
+        return replace(config, num_warps=8)
     return config

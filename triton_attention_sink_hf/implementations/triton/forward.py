@@ -3,30 +3,24 @@
 import triton
 import triton.language as tl
 
-from .config import KernelConfig, forward_config
-from .launch import Problem, ceil_div, descriptor, planned, strides, use_tma
+from .config import forward_config
+from .launch import Problem, ceil_div, planned, strides
 from .masks import query_interval, tile_plan
-from .primitives import LN2, LOG2E, cap, load_block, load_tile, matmul, row_offsets, store_tile
+from .primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
 
 
 @triton.jit
 def _attend(
-    acc, l, m, q, k_ptr, v_ptr, k_desc, v_desc, b, head_k, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
+    acc, l, m, q, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
     stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
     PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, MASKED: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
-    TMA: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2. Keys from ``end`` on are not read."""
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    # descriptors only for whole tiles: what lies past ``end`` may hold anything
-    BLOCKS: tl.constexpr = TMA and not MASKED
-    if BLOCKS:
-        k = load_block(k_desc, b, n0, head_k, BLOCK_N, BLOCK_D)
-    else:
-        k_tile = k_ptr + n0.to(tl.int64) * stride_kt
-        k = load_tile(k_tile, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
+    k_tile = k_ptr + n0.to(tl.int64) * stride_kt
+    k = load_tile(k_tile, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
     s = matmul(q, k.T)
     # softmax_scale * LOG2E is rounded once for all scores, an error that fp32 results show
     EXACT: tl.constexpr = q.dtype == tl.float32
@@ -51,25 +45,22 @@ def _attend(
     p = tl.exp2(s * scale - shift[:, None])
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
-    if BLOCKS:
-        v = load_block(v_desc, b, n0, head_k, BLOCK_N, BLOCK_DV)
-    else:
-        v_tile = v_ptr + n0.to(tl.int64) * stride_vt
-        v = load_tile(v_tile, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
+    v_tile = v_ptr + n0.to(tl.int64) * stride_vt
+    v = load_tile(v_tile, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
     acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, l, m_new
 
 
 @triton.jit
 def _attn_fwd_kernel(
-    q_ptr, k_ptr, v_ptr, k_desc, v_desc, sink_ptr, out_ptr, lse_ptr, ranges_ptr, padding_ptr, seqused_ptr,
+    q_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, ranges_ptr, padding_ptr, seqused_ptr,
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od, stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
     HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
+    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
     chunks = heads_q // PACK
@@ -113,16 +104,16 @@ def _attn_fwd_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         acc, l, m = _attend(
-            acc, l, m, q, k_base, v_base, k_desc, v_desc, b, head_k, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
+            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
             stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         acc, l, m = _attend(
-            acc, l, m, q, k_base, v_base, k_desc, v_desc, b, head_k, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
+            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
             stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N, TMA,
+            PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
 
     # Back in natural units, the sink joins last, so that a row that it dominates has lse = sink exactly.
@@ -145,39 +136,31 @@ def _attn_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides, tma: bool) -> tuple[tuple[int], KernelConfig, dict]:
+def _plan(problem: Problem, out_strides) -> tuple[tuple[int], dict]:
     call, config = problem.call, forward_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack)
-    return (
-        (tiles * problem.batch * (problem.heads_q // problem.pack),),
-        config,
-        {
-            **problem.mask_arguments(),
-            **strides("q", call.q.stride()),
-            **strides("k", call.k.stride()),
-            **strides("v", call.v.stride()),
-            **strides("o", out_strides),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-            "TMA": tma,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
-    )
+    return (tiles * problem.batch * (problem.heads_q // problem.pack),), {
+        **problem.mask_arguments(),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("o", out_strides),
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "STAGES": config.num_stages,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    tma = use_tma(problem, call.k, call.v)
-    grid, config, constants = _plan(problem, out.stride(), tma)
+    grid, constants = _plan(problem, out.stride())
     _attn_fwd_kernel[grid](
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
-        k_desc=descriptor(call.k, config.block_n, 1) if tma else None,
-        v_desc=descriptor(call.v, config.block_n, 1) if tma else None,
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,

@@ -35,7 +35,7 @@ def load_tile(ptr, offsets, valid, stride_d, SIZE: tl.constexpr, BLOCK: tl.const
 
 @triton.jit
 def load_block(desc, b, token, head, ROWS: tl.constexpr, BLOCK: tl.constexpr):
-    """(ROWS, BLOCK) tile from a descriptor of (1, tokens, heads, BLOCK) blocks, tokens outermost; 0 outside the tensor."""
+    """(ROWS, BLOCK) tile from a descriptor of (1, tokens, heads, BLOCK) blocks; 0 outside the tensor."""
     return tl.reshape(desc.load([b, token, head, 0]), [ROWS, BLOCK])
 
 
@@ -61,11 +61,14 @@ def store_tile(
 
 @triton.jit
 def exp(x):
-    """exp(x) to about an ulp: exp2(log2(e) x) alone is off by the rounding of its argument, which grows with abs(x)."""
-    y = x * LOG2E
-    rest = tl.fma(x, LOG2E, -y) + x * 1.925963033500011e-08  # log2(e) - fp32(log2(e))
-    rest = tl.where(tl.abs(rest) < 1.0, rest, 0.0)  # not a number for infinite x
-    return tl.exp2(y) * (1.0 + LN2 * rest)
+    """exp(x) to about an ulp: exp2(log2(e) x) alone is off by the rounding of its argument, which grows with abs(x).
+
+    x = n ln 2 + r by Cody and Waite: the first part of ln 2 has so few bits that its products with n are exact.
+    """
+    n = tl.floor(x * LOG2E + 0.5)
+    r = (x - n * 0.693359375) + n * 2.12194440e-4
+    r = tl.where(tl.abs(x) < float("inf"), r, x)
+    return tl.exp2(n) * tl.exp2(r * LOG2E)
 
 
 @triton.jit

@@ -9,15 +9,13 @@ that neither the mask nor the subtraction costs anything after them.
 import triton
 import triton.language as tl
 
-from ..triton.backward import MIN_TMA_PACK, dlse_arguments, statistics_descriptor
+from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from ..triton.masks import key_interval, query_interval
 from ..triton.primitives import LOG2E, matmul, store_tile
 from ..triton.reduce import sum_rows
 from .config import dkv_config, dq_config, programs
 from .forward import load_keys, load_queries, place, starts_among_own, store_queries, window_arguments
-
-DKV_TMA = True
 
 
 @triton.jit
@@ -117,9 +115,8 @@ def _window_bwd_dkv_kernel(
     PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     BAND: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ONE_SIDED: tl.constexpr,
-    EVEN: tl.constexpr, TMA: tl.constexpr,
+    EVEN: tl.constexpr,
 ):  # fmt: skip
-    """q, dout: descriptors of (1, TOKENS, PACK, D) blocks with TMA, statistics of (1, TOKENS, 1, PACK); else pointers."""
     ROWS: tl.constexpr = TOKENS * PACK
     GROUP: tl.constexpr = HEADS_Q // HEADS_K
     scale = softmax_scale * LOG2E
@@ -139,8 +136,8 @@ def _window_bwd_dkv_kernel(
     diagonal_end, end = key_interval(
         key + KEYS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
     )
-    # Steps are aligned, and each program starts where (number of the step) mod n is 0: neighbours, whose ranges overlap,
-    # then read the same queries at about the same time.
+    # Steps are aligned, and each program starts where (number of the step) mod steps is 0: neighbours, whose ranges
+    # overlap, then read the same queries at about the same time.
     first_step = start // TOKENS
     steps = tl.maximum(tl.cdiv(end, TOKENS) - first_step, 0)
     turn = first_step % tl.maximum(steps, 1)
@@ -161,24 +158,20 @@ def _window_bwd_dkv_kernel(
             token = (first_step + tl.where(e < 0, e + steps, e)) * TOKENS
             q = load_queries(
                 q_ptr, b, token, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
-                D, BLOCK_D, TOKENS, PACK, TMA, EVEN,
+                D, BLOCK_D, TOKENS, PACK, False, EVEN,
             )  # fmt: skip
             dout = load_queries(
                 dout_ptr, b, token, head, seqlen_q, stride_dob, stride_dot, stride_doh, stride_dod,
-                DV, BLOCK_DV, TOKENS, PACK, TMA, EVEN,
+                DV, BLOCK_DV, TOKENS, PACK, False, EVEN,
             )  # fmt: skip
             i = token + rows // PACK
-            if TMA:
-                start_s = tl.reshape(statistics_ptr.load([b, token, 0, head]), [ROWS])
-                start_dp = tl.reshape(statistics_ptr.load([b, token, 1, head]), [ROWS])
+            statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
+            if EVEN:
+                start_s = tl.load(statistic + statistic_rows)
+                start_dp = tl.load(statistic + HEADS_Q + statistic_rows)
             else:
-                statistic = statistics_ptr + (b * seqlen_q + token).to(tl.int64) * (2 * HEADS_Q) + head
-                if EVEN:
-                    start_s = tl.load(statistic + statistic_rows)
-                    start_dp = tl.load(statistic + HEADS_Q + statistic_rows)
-                else:
-                    start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
-                    start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
+                start_s = tl.load(statistic + statistic_rows, mask=i < seqlen_q, other=0.0)
+                start_dp = tl.load(statistic + HEADS_Q + statistic_rows, mask=i < seqlen_q, other=0.0)
             if ONE_SIDED:
                 near = token < diagonal_end
                 visible = tl.where(near, i, -i)[None, :] >= tl.where(near, lo, 1 - hi)[:, None]
@@ -225,8 +218,7 @@ def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool
 
 
 @planned
-def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool) -> tuple:
-    """Grid, config, constants."""
+def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> tuple[tuple[int], dict]:
     call, config = problem.call, dkv_config(problem)
     arguments = window_arguments(problem)
     del arguments["HAS_SINK"]
@@ -234,7 +226,6 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool)
     one_sided = not call.mask.packed and call.mask.left >= config.keys + config.tokens
     return (
         (ceil_div(problem.seqlen_k, config.keys) * problem.batch * problem.heads_k,),
-        config,
         {
             **arguments,
             **strides("q", call.q.stride()),
@@ -248,7 +239,6 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, tma: bool)
             "STAGES": config.num_stages,
             "ONE_SIDED": one_sided,
             "EVEN": problem.seqlen_q % config.tokens == 0,
-            "TMA": tma,
             "num_warps": config.num_warps,
             "num_stages": config.num_stages,
         },
@@ -279,18 +269,13 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
         **constants,
     )
     if dk is not None:
-        tma = tma and DKV_TMA and problem.pack >= MIN_TMA_PACK
-        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), tma)
-        q_rows, dout_rows, statistics_rows = call.q, dout, statistics
-        if tma:
-            q_rows, dout_rows = (descriptor(x, config.tokens, problem.pack) for x in (call.q, dout))
-            statistics_rows = statistics_descriptor(problem, statistics, config.tokens)
+        grid, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride())
         _window_bwd_dkv_kernel[grid](
-            q_ptr=q_rows,
+            q_ptr=call.q,
             k_ptr=call.k,
             v_ptr=call.v,
-            statistics_ptr=statistics_rows,
-            dout_ptr=dout_rows,
+            statistics_ptr=statistics,
+            dout_ptr=dout,
             dk_ptr=dk,
             dv_ptr=dv,
             ranges_ptr=ranges,

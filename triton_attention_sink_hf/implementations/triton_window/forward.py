@@ -26,7 +26,7 @@ def load_keys(
     ptr, start, seqlen_k, stride_t, stride_d,
     N: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr, FROM_0: tl.constexpr, TO_END: tl.constexpr,
 ):  # fmt: skip
-    """(N, D) keys from ``start``; 0 before key 0 unless FROM_0 and past the last unless TO_END says that none are there.
+    """(N, D) keys from ``start``; 0 before key 0 and past the last, unless FROM_0 and TO_END say that none are there.
 
     In-tile offsets do not vary by tile.
     """
@@ -46,7 +46,10 @@ def load_queries(
     D: tl.constexpr, BLOCK_D: tl.constexpr, TOKENS: tl.constexpr, PACK: tl.constexpr, TMA: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
-    """(TOKENS * PACK, D) rows: PACK heads of each token. ``tensor``: with TMA a descriptor of [1, TOKENS, PACK, D]. EVEN: all exist."""
+    """(TOKENS * PACK, D) rows: PACK heads of each token. ``tensor``: with TMA a descriptor of [1, TOKENS, PACK, D].
+
+    EVEN: no row lies past the last.
+    """
     if TMA:
         return load_block(tensor, b, token, head, TOKENS * PACK, BLOCK_D)
     else:
@@ -223,7 +226,7 @@ def launch_forward(problem: Problem, out, lse) -> None:
 
 
 def window_arguments(problem: Problem) -> dict:
-    """What every kernel of this backend takes beside its tensors. Head counts are compile-time: a model has one pair."""
+    """What every kernel of this backend takes beside its tensors. Head counts are constants: a model has one pair."""
     sizes = problem.sizes()
     heads = {"HEADS_Q": sizes.pop("heads_q"), "HEADS_K": sizes.pop("heads_k")}
     return {**sizes, **heads, "BAND": band_size(problem)}
