@@ -52,7 +52,7 @@ def _check(target: str, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
 def test_compiles_and_fits(target):
-    rows = _compile(target, "narrow packed window", "medium", "wide 256 padding", "fp32 narrow")
+    rows = _compile(target, "narrow packed window", "medium", "wide 256 padding")
     assert "_segment_range_kernel" in {row["kernel"] for row in rows}
     _check(target, rows)
 

@@ -41,6 +41,11 @@ def _autograd(function: Callable[..., Tensor], tensors: dict[str, Tensor], has_b
     return Runner(lambda: function(*inputs), backward if has_backward else None)
 
 
+def _out(result) -> Tensor:
+    """out of a call that returns out or (out, lse)."""
+    return result[0] if isinstance(result, tuple) else result
+
+
 def _cu_seqlens(case, device) -> Tensor:
     return torch.tensor([0, *case.lengths]).cumsum(0).to(device, torch.int32)
 
@@ -69,16 +74,17 @@ def flash_attention_4(case, tensors) -> Runner:
     if case.lengths is None:
 
         def function(q, k, v, s):
-            return flash_attn_func(q, k, v, causal=True, window_size=window, learnable_sink=s)[0]
+            return _out(flash_attn_func(q, k, v, causal=True, window_size=window, learnable_sink=s))
     else:
         cu = _cu_seqlens(case, tensors["q"].device)
         longest = max(case.lengths)
 
         def function(q, k, v, s):
-            return flash_attn_varlen_func(
+            out = flash_attn_varlen_func(
                 q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
                 causal=True, window_size=window, learnable_sink=s,
-            )[0][None]  # fmt: skip
+            )  # fmt: skip
+            return _out(out)[None]
 
     return _autograd(function, tensors)
 
@@ -91,8 +97,7 @@ def flash_attention_3(case, tensors) -> Runner:
     if case.lengths is None:
 
         def function(q, k, v, s):
-            out = flash_attn_func(q, k, v, causal=True, window_size=window, sinks=sinks)
-            return out[0] if isinstance(out, tuple) else out
+            return _out(flash_attn_func(q, k, v, causal=True, window_size=window, sinks=sinks))
     else:
         cu = _cu_seqlens(case, tensors["q"].device)
         longest = max(case.lengths)
@@ -102,7 +107,7 @@ def flash_attention_3(case, tensors) -> Runner:
                 q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
                 causal=True, window_size=window, sinks=sinks,
             )  # fmt: skip
-            return (out[0] if isinstance(out, tuple) else out)[None]
+            return _out(out)[None]
 
     return _autograd(function, tensors, has_backward=False)
 
