@@ -104,6 +104,13 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
     )
 
 
+def short_window(case: Case) -> bool:
+    """Whether the window kernels serve ``case`` too."""
+    plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.lengths_k is None
+    short = case.causal and 0 <= case.window[0] <= 128
+    return plain and short and case.dtype in (torch.bfloat16, torch.float16) and max(case.dims) <= 128
+
+
 def cu_seqlens(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 
@@ -112,7 +119,7 @@ def _mask(case: Case, seqlen_k: int, device: str) -> Mask:
     cu_q = cu_k = padding = used = None
     if case.lengths_q is not None:
         cu_q = cu_seqlens(case.lengths_q, device)
-        cu_k = cu_seqlens(case.lengths_k or case.lengths_q, device)
+        cu_k = cu_q if case.lengths_k is None else cu_seqlens(case.lengths_k, device)
     if case.padding is not None:
         position = torch.arange(seqlen_k, device=device).expand(case.batch, seqlen_k)
         # rows of a batch differ: the first keeps all keys, the last loses most, with two rows or more

@@ -18,12 +18,14 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from cases import Case
+from cases import Case, short_window
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.triton import backward, forward, launch
+from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
+from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
 from triton_attention_sink_hf.masks import Mask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -112,6 +114,12 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
             problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
             torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
         )  # fmt: skip
+        if short_window(case):
+            window_forward.launch_forward(problem, out, lse)
+            window_backward.launch_backward(
+                problem, lse, torch.empty_like(out), lse if case.dlse else None,
+                torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
+            )  # fmt: skip
     finally:
         triton.JITFunction.run = run
     return compiled

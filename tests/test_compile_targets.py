@@ -25,6 +25,8 @@ TESTS = Path(__file__).parent
 # Bytes of stack a thread (AMD: registers) that may spill. A few words outside a loop cost nothing that can be measured;
 # fp32 holds its operands in registers, which ptxas does not fit at D of 128 and 256 with any tile that was tried.
 SPILLED, SPILLED_FP32 = 32, 288
+# The tiles for Hopper are those that an H100 ran fastest: without spills dk, dv took a quarter longer (NOTES.md).
+SPILLED_MEASURED = {"sm90": 256}
 
 
 def _compile(target: str, *arguments: str) -> list[dict]:
@@ -40,12 +42,13 @@ def _compile(target: str, *arguments: str) -> list[dict]:
 
 def _check(target: str, rows: list[dict]) -> None:
     kernels = {row["kernel"] for row in rows}
-    assert {"_attn_fwd_kernel", "_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"} <= kernels
+    for prefix in ("_attn", "_window"):
+        assert {f"{prefix}_fwd_kernel", f"{prefix}_bwd_dq_kernel", f"{prefix}_bwd_dkv_kernel"} <= kernels
     wrong = [
         row
         for row in rows
         if row["shared"] > SHARED_MEMORY[target]
-        or row["spilled"] > (SPILLED_FP32 if row["case"].startswith("fp32") else SPILLED)
+        or row["spilled"] > (SPILLED_FP32 if row["case"].startswith("fp32") else SPILLED_MEASURED.get(target, SPILLED))
     ]
     assert not wrong, "\n".join(map(str, wrong))
 

@@ -16,7 +16,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from .config import dkv_config, dq_config
 from .launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from .masks import key_interval, query_interval, tile_plan
-from .primitives import LOG2E, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
+from .primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from .reduce import sum_rows
 
 MIN_TMA_PACK = 4  # a copied row is at least 16 bytes
@@ -180,7 +180,7 @@ def _attn_bwd_dq_kernel(
 
 @triton.jit
 def _dkv_step(
-    dk, dv, k, v, q_ptr, dout_ptr, q_desc, dout_desc, statistics_desc, b, head, statistics_ptr,
+    dk, dv, dk_rest, dv_rest, k, v, q_ptr, dout_ptr, q_desc, dout_desc, statistics_desc, b, head, statistics_ptr,
     t0, end, lo, hi, softmax_scale, softcap,
     stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
     PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
@@ -217,12 +217,12 @@ def _dkv_step(
     if MASKED:
         visible = (i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None])
         p = tl.where(visible, p, 0.0)
-    dv = matmul(p.to(dout.dtype), dout, dv)
+    dv, dv_rest = add_product(dv, dv_rest, p.to(dout.dtype), dout, EXACT)
     ds = p * (matmul(v, dout.T) - delta[None, :])
     if HAS_SOFTCAP:
         ds = ds * slope
-    dk = matmul(ds.to(q.dtype), q, dk)
-    return dk, dv
+    dk, dk_rest = add_product(dk, dk_rest, ds.to(q.dtype), q, EXACT)
+    return dk, dv, dk_rest, dv_rest
 
 
 @triton.jit
@@ -271,6 +271,9 @@ def _attn_bwd_dkv_kernel(
     v = load_tile(v_base, j.to(tl.int64) * stride_vt, seen, stride_vd, DV, BLOCK_DV, CHECK=True)
     dk = tl.zeros([BLOCK_N, BLOCK_D], tl.float32)
     dv = tl.zeros([BLOCK_N, BLOCK_DV], tl.float32)
+    dk_rest, dv_rest = 0.0, 0.0
+    if k.dtype == tl.float32:
+        dk_rest, dv_rest = tl.zeros_like(dk), tl.zeros_like(dv)
     for chunk in range(0, group // PACK):
         head = head_k * group + chunk * PACK
         q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -278,17 +281,17 @@ def _attn_bwd_dkv_kernel(
         statistics = statistics_ptr + (b * heads_q).to(tl.int64) * 2 * seqlen_q + head.to(tl.int64) * stride_sh
         for e in tl.range(0, edges, num_stages=STAGES):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
-            dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics,
-                t0, hi_last, lo, hi, softmax_scale, softcap,
+            dk, dv, dk_rest, dv_rest = _dkv_step(
+                dk, dv, dk_rest, dv_rest, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head,
+                statistics, t0, hi_last, lo, hi, softmax_scale, softcap,
                 stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
                 PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
             )  # fmt: skip
         for f in tl.range(0, full, num_stages=STAGES):
             t0 = lo_first + (before + f) * TOKENS
-            dk, dv = _dkv_step(
-                dk, dv, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head, statistics,
-                t0, hi_last, lo, hi, softmax_scale, softcap,
+            dk, dv, dk_rest, dv_rest = _dkv_step(
+                dk, dv, dk_rest, dv_rest, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head,
+                statistics, t0, hi_last, lo, hi, softmax_scale, softcap,
                 stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
                 PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
             )  # fmt: skip

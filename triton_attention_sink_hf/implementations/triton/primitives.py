@@ -14,6 +14,20 @@ def matmul(a, b, acc=None):
 
 
 @triton.jit
+def add_product(total, rest, a, b, EXACT: tl.constexpr):
+    """(total, rest) plus a @ b. EXACT, for fp32 operands, carries what each addition rounds off (Kahan).
+
+    A long loop adds thousands of tiles to one accumulator, an error that fp32 results show.
+    """
+    if EXACT:
+        product = matmul(a, b) - rest
+        new = total + product
+        return new, (new - total) - product
+    else:
+        return matmul(a, b, total), rest
+
+
+@triton.jit
 def row_offsets(rows, token, stride_token, stride_head, PACK: tl.constexpr):
     """Element offsets of tile rows that are PACK heads of a token, token by token, from ``token`` on."""
     return (token + rows // PACK).to(tl.int64) * stride_token + (rows % PACK).to(tl.int64) * stride_head

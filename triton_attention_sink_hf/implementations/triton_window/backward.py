@@ -12,7 +12,7 @@ import triton.language as tl
 from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from ..triton.masks import key_interval, query_interval
-from ..triton.primitives import LOG2E, matmul, store_tile
+from ..triton.primitives import LOG2E, exp, matmul, store_tile
 from ..triton.reduce import sum_rows
 from .config import dkv_config, dq_config, programs
 from .forward import load_keys, load_queries, place, starts_among_own, store_queries, window_arguments
@@ -59,7 +59,8 @@ def _window_bwd_dq_kernel(
             DV, BLOCK_DV, TOKENS, PACK, TMA, EVEN,
         )  # fmt: skip
         lse_rows = (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i
-        lse2 = tl.load(lse_ptr + lse_rows, mask=valid, other=0.0) * LOG2E
+        lse = tl.load(lse_ptr + lse_rows, mask=valid, other=0.0)
+        lse2 = lse * LOG2E
         lo, hi = query_interval(
             i, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
         )
@@ -99,8 +100,9 @@ def _window_bwd_dq_kernel(
         tl.store(statistic + statistic_rows, lse2 * (-1.0 / scale), mask=valid)
         tl.store(statistic + HEADS_Q + statistic_rows, -delta, mask=valid)
         if HAS_SINK:
-            sink = tl.load(sink_ptr + heads).to(tl.float32) * LOG2E
-            part = tl.where(valid, -tl.exp2(sink - lse2) * delta, 0.0)
+            p_sink = exp(tl.load(sink_ptr + heads).to(tl.float32) - lse)
+            p_sink = tl.where(lse == float("-inf"), 0.0, p_sink)  # a sink of -inf and no key
+            part = tl.where(valid, -p_sink * delta, 0.0)
             part = tl.sum(tl.reshape(part, [TOKENS, PACK]), 0)
             tl.store(dsink_ptr + (b * tiles + tile).to(tl.int64) * HEADS_Q + head + tl.arange(0, PACK), part)
 
