@@ -25,6 +25,7 @@ from triton.runtime.driver import driver
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.triton import backward, forward, launch
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
+from triton_attention_sink_hf.implementations.triton_window import config as window_config
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
 from triton_attention_sink_hf.masks import Mask
 
@@ -114,7 +115,7 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
             problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
             torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
         )  # fmt: skip
-        if short_window(case):
+        if short_window(case) and problem.target in window_config.TARGETS:
             window_forward.launch_forward(problem, out, lse)
             window_backward.launch_backward(
                 problem, lse, torch.empty_like(out), lse if case.dlse else None,

@@ -7,9 +7,9 @@ from torch import Tensor
 
 from ...call import Call
 from .. import triton as portable
-from ..triton.launch import Problem
+from ..triton.launch import Problem, target_name
 from .backward import launch_backward
-from .config import MAX_LEFT
+from .config import MAX_LEFT, TARGETS
 from .forward import launch_forward
 
 
@@ -28,6 +28,11 @@ def supports(call: Call) -> str | None:
         return f"the window kernels take bfloat16 or float16, got {call.q.dtype}"
     if max(call.q.shape[-1], call.v.shape[-1]) > 128:
         return "the window kernels take head dimensions up to 128"
+    target = target_name(call.q.device)
+    if target not in TARGETS:
+        return (
+            f"the window kernels are configured for {TARGETS[0]}, got {target}; the portable kernels serve windows too"
+        )
     return portable.supports(call)
 
 
