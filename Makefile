@@ -28,7 +28,7 @@ demo: $(VENV)/installed
 	@$(VENV)/bin/python examples/verl/cpu/demo.py --attn "$(ATTN)" --steps $(STEPS)
 
 test: $(VENV)/installed
-	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu and not exhaustive" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)
 
 lint: $(VENV)/ruff
 	$(VENV)/bin/python -m ruff check .

@@ -1,7 +1,7 @@
 """Every kernel config compiles for every architecture without its GPU, fits its shared memory and keeps its registers.
 
 One process per architecture, since Triton must be imported without its interpreter. By default a part of the cases of
-compile_target.py on the architectures that the project names; all cases, features and architectures are marked slow.
+compile_target.py on the architectures that the project names; all cases, features and architectures are marked exhaustive.
 """
 
 import json
@@ -60,7 +60,7 @@ def test_compiles_and_fits(target):
     _check(target, rows)
 
 
-@pytest.mark.slow
+@pytest.mark.exhaustive
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_everything_compiles_and_fits(target):
     _check(target, _compile(target))
