@@ -1,7 +1,7 @@
 """Every kernel config compiles for every architecture without its GPU, fits its shared memory and keeps its registers.
 
 One process per architecture, since Triton must be imported without its interpreter. By default a part of the cases of
-compile_target.py on the architectures that the project names; all cases, features and architectures are marked exhaustive.
+compile_target.py on the architectures that the project names; all cases and architectures are marked exhaustive.
 """
 
 import json
