@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import platform
 import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import torch
@@ -110,6 +113,36 @@ def _check(runner: Runner, want: dict[int, dict[str, Tensor]]) -> dict[str, floa
     if runner.backward is not None:
         got.update(zip(GRADIENTS, runner.backward(), strict=True))
     return errors(got, want)
+
+
+def run_once(case: Case, names: Iterable[str]) -> None:
+    """Forward and backward once, for the sake of the compilers' caches. Failures are for ``measure`` to report."""
+    tensors = make_tensors(case)
+    for name in names:
+        with contextlib.suppress(Exception):
+            runner = PEERS[name](case, tensors)
+            runner.forward()
+            if runner.backward is not None:
+                runner.backward()
+            torch.cuda.synchronize()
+
+
+def compile_all(
+    cases: list[Case], names: list[str], extra_path: list[Path], processes: int, log: Callable[[str], None]
+) -> None:
+    """``run_once`` for every case and implementation, each in a process of its own, ``processes`` at a time."""
+    command = [sys.executable, "-m", "triton_attention_sink_hf.cli", "bench", "--compile-only"]
+    for path in extra_path:
+        command += ["--extra-path", str(path)]
+
+    def compile_one(job: tuple[Case, str]) -> None:
+        case, name = job
+        start = time.perf_counter()
+        subprocess.run([*command, "--cases", case.name, "--implementations", name], capture_output=True, check=False)
+        log(f"compiled {case.name}: {name}, {time.perf_counter() - start:.0f} s")
+
+    with ThreadPoolExecutor(processes) as pool:
+        list(pool.map(compile_one, [(case, name) for name in names for case in cases]))
 
 
 def ceilings() -> dict[str, float]:

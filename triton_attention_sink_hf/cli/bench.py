@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import site
 from pathlib import Path
 from typing import Annotated
@@ -18,6 +19,10 @@ def bench(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("benchmarks/results"),
     plots: Annotated[bool, typer.Option(help="Draw forward.png and backward.png (needs matplotlib).")] = True,
+    prepare: Annotated[
+        int, typer.Option(help="Compile in this many processes first; peers take 10 to 40 s a case.")
+    ] = 0,
+    compile_only: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
     """Time forward and backward of every case, each implementation checked against fp64 first."""
     import torch
@@ -25,21 +30,29 @@ def bench(
     if not torch.cuda.is_available():
         typer.echo("bench needs a GPU that torch can use; none was found", err=True)
         raise typer.Exit(1)
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or what prepare compiles is not found again
     for path in extra_path or []:
         site.addsitedir(str(path))
     from ..bench import report
     from ..bench.cases import CASES
-    from ..bench.measure import ceilings, environment, measure
+    from ..bench.measure import ceilings, compile_all, environment, measure, run_once
     from ..bench.peers import PEERS
 
     wanted = [name for name in cases.split(",") if name]
-    chosen = [case for case in CASES if not wanted or any(part in case.name for part in wanted)]
+    chosen = [case for case in CASES if case.name in wanted]  # whole names before parts of names
+    chosen = chosen or [case for case in CASES if not wanted or any(part in case.name for part in wanted)]
     names = [name for name in PEERS if not implementations or name in implementations.split(",")]
     if not chosen or not names:
         typer.echo(
             f"cases must be parts of {[case.name for case in CASES]}, implementations of {list(PEERS)}", err=True
         )
         raise typer.Exit(2)
+    if compile_only:
+        for case in chosen:
+            run_once(case, names)
+        return
+    if prepare:
+        compile_all(chosen, names, extra_path or [], prepare, log=typer.echo)
     card, rates, rows = environment(), ceilings(), []
     typer.echo(f"{card['card']}: copy {rates['copy_tb_s']:.2f} TB/s, bf16 matmul {rates['matmul_tflop_s']:.0f} TFLOP/s")
     for case in chosen:
