@@ -30,11 +30,10 @@ def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:
     """Why ``name`` cannot serve ``call``, or None if it can. ``automatic`` adds what "auto" holds against it."""
     if name == REFERENCE:
         return None
+    if automatic and call.q.device.type == "cpu":
+        return "on a CPU Triton's interpreter is for tests; auto takes the reference"
     try:
         backend = load(name)
     except ImportError as error:
         return f"{error}"
-    reason = backend.supports(call)
-    if reason is None and automatic and call.q.device.type == "cpu":
-        return "on a CPU Triton's interpreter is for tests; auto takes the reference"
-    return reason
+    return backend.supports(call)
