@@ -41,9 +41,20 @@ def _autograd(function: Callable[..., Tensor], tensors: dict[str, Tensor], has_b
     return Runner(lambda: function(*inputs), backward if has_backward else None)
 
 
-def _out(result) -> Tensor:
-    """out of a call that returns out or (out, lse)."""
-    return result[0] if isinstance(result, tuple) else result
+def _dense_or_packed(case, tensors, dense: Callable, packed: Callable) -> Callable[..., Tensor]:
+    """A function of q, k, v, sinks that returns out (B, S, H, D), from flash-attn's pair of functions.
+
+    ``packed`` takes (T, H, D) and cu_seqlens_*, max_seqlen_*. Both return out or (out, lse).
+    """
+
+    def out(result) -> Tensor:
+        return result[0] if isinstance(result, tuple) else result
+
+    if case.lengths is None:
+        return lambda q, k, v, s: out(dense(q, k, v, s))
+    cu, longest = _cu_seqlens(case, tensors["q"].device), max(case.lengths)
+    lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
+    return lambda q, k, v, s: out(packed(q[0], k[0], v[0], s, **lengths))[None]
 
 
 def _cu_seqlens(case, device) -> Tensor:
@@ -59,57 +70,31 @@ def ours(case, tensors, implementation: str = "auto") -> Runner:
     from ..interface import attention_sink
 
     call = partial(attention_sink, window_size=_window(case), implementation=implementation)
-    if case.lengths is None:
-        return _autograd(call, tensors)
-    cu = _cu_seqlens(case, tensors["q"].device)
-    longest = max(case.lengths)
-    packed = partial(call, cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest)
-    return _autograd(lambda q, k, v, s: packed(q[0], k[0], v[0], s)[None], tensors)
+    return _autograd(_dense_or_packed(case, tensors, call, call), tensors)
 
 
 def flash_attention_4(case, tensors) -> Runner:
     from flash_attn.cute import flash_attn_func, flash_attn_varlen_func
 
     window = (None, None) if case.window is None else (case.window - 1, 0)
-    if case.lengths is None:
 
-        def function(q, k, v, s):
-            return _out(flash_attn_func(q, k, v, causal=True, window_size=window, learnable_sink=s))
-    else:
-        cu = _cu_seqlens(case, tensors["q"].device)
-        longest = max(case.lengths)
+    def call(function, q, k, v, s, **lengths):
+        return function(q, k, v, causal=True, window_size=window, learnable_sink=s, **lengths)
 
-        def function(q, k, v, s):
-            out = flash_attn_varlen_func(
-                q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-                causal=True, window_size=window, learnable_sink=s,
-            )  # fmt: skip
-            return _out(out)[None]
-
-    return _autograd(function, tensors)
+    dense, packed = partial(call, flash_attn_func), partial(call, flash_attn_varlen_func)
+    return _autograd(_dense_or_packed(case, tensors, dense, packed), tensors)
 
 
 def flash_attention_3(case, tensors) -> Runner:
     from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
 
-    window = _window(case)
     sinks = tensors["sinks"].bfloat16()
-    if case.lengths is None:
 
-        def function(q, k, v, s):
-            return _out(flash_attn_func(q, k, v, causal=True, window_size=window, sinks=sinks))
-    else:
-        cu = _cu_seqlens(case, tensors["q"].device)
-        longest = max(case.lengths)
+    def call(function, q, k, v, s, **lengths):
+        return function(q, k, v, causal=True, window_size=_window(case), sinks=sinks, **lengths)
 
-        def function(q, k, v, s):
-            out = flash_attn_varlen_func(
-                q[0], k[0], v[0], cu_seqlens_q=cu, cu_seqlens_k=cu, max_seqlen_q=longest, max_seqlen_k=longest,
-                causal=True, window_size=window, sinks=sinks,
-            )  # fmt: skip
-            return _out(out)[None]
-
-    return _autograd(function, tensors, has_backward=False)
+    dense, packed = partial(call, flash_attn_func), partial(call, flash_attn_varlen_func)
+    return _autograd(_dense_or_packed(case, tensors, dense, packed), tensors, has_backward=False)
 
 
 def flash_linear_attention(case, tensors) -> Runner:

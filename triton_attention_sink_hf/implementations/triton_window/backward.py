@@ -14,7 +14,7 @@ from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use
 from ..triton.masks import key_interval, query_interval
 from ..triton.primitives import LOG2E, exp, matmul, store_tile
 from ..triton.reduce import sum_rows
-from .config import dkv_config, dq_config, programs
+from .config import band_size, dkv_config, dq_config, programs
 from .forward import load_keys, load_queries, place, starts_among_own, store_queries, window_arguments
 
 
@@ -116,7 +116,7 @@ def _window_bwd_dkv_kernel(
     stride_dkb, stride_dkt, stride_dkh, stride_dkd, stride_dvb, stride_dvt, stride_dvh, stride_dvd,
     PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BAND: tl.constexpr, TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ONE_SIDED: tl.constexpr,
+    TOKENS: tl.constexpr, KEYS: tl.constexpr, STAGES: tl.constexpr, ONE_SIDED: tl.constexpr,
     EVEN: tl.constexpr,
 ):  # fmt: skip
     ROWS: tl.constexpr = TOKENS * PACK
@@ -209,6 +209,7 @@ def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool
             **dlse_arguments(dlse_strides),
             "n_tiles": n_tiles,
             "TOKENS": config.tokens,
+            "BAND": band_size(problem),
             "STAGES": config.num_stages,
             "OWN_LO": starts_among_own(problem, config.tokens),
             "EVEN": problem.seqlen_q % config.tokens == 0,

@@ -198,6 +198,7 @@ def _plan(problem: Problem, out_strides, tma: bool) -> tuple[tuple[int], WindowC
             "n_tiles": n_tiles,
             "TOKENS": config.tokens,
             "PARTS": config.parts,
+            "BAND": band_size(problem),
             "STAGES": config.num_stages,
             "PREFETCH": problem.target.startswith("sm"),
             "OWN_LO": starts_among_own(problem, config.tokens),
@@ -231,7 +232,7 @@ def window_arguments(problem: Problem) -> dict:
     """What every kernel of this backend takes beside its tensors. Head counts are constants: a model has one pair."""
     sizes = problem.sizes()
     heads = {"HEADS_Q": sizes.pop("heads_q"), "HEADS_K": sizes.pop("heads_k")}
-    return {**sizes, **heads, "BAND": band_size(problem)}
+    return {**sizes, **heads}
 
 
 def starts_among_own(problem: Problem, tokens: int) -> bool:
