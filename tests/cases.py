@@ -111,6 +111,12 @@ def short_window(case: Case) -> bool:
     return plain and short and case.dtype in (torch.bfloat16, torch.float16) and max(case.dims) <= 128
 
 
+def hopper(case: Case) -> bool:
+    """Whether the Hopper kernels serve ``case`` on their card."""
+    plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.scale > 0.0
+    return plain and case.layout in ("bshd", "bhsd") and case.dtype != torch.float32 and max(case.dims) > 32
+
+
 def cu_seqlens(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:
     return torch.tensor([0, *accumulate(lengths)], dtype=torch.int32, device=device)
 

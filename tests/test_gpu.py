@@ -3,7 +3,7 @@
 import pytest
 import torch
 from budget import assert_within_budget
-from cases import Case, Inputs, call, make_inputs, run, short_window
+from cases import Case, Inputs, call, hopper, make_inputs, run, short_window
 
 from triton_attention_sink_hf import Mask, attention_sink, explain
 from triton_attention_sink_hf.ops import attention_forward
@@ -28,6 +28,13 @@ CASES = {
     "mimo full": Case(1024, heads=(64, 4), head_dim=(192, 128)),
     "privacy filter": Case(1500, batch=2, heads=(14, 2), head_dim=64, causal=False, window=(128, 128)),
     "d256": Case(900, heads=(16, 4), head_dim=256, window=(500, 0)),
+    "d96": Case(700, heads=(12, 4), head_dim=96, dlse=True, layout="bhsd"),
+    "d40 dv128": Case(450, 600, batch=2, heads=(6, 2), head_dim=(40, 128), dlse=True),
+    "more queries than keys": Case(700, 300, heads=(8, 2), head_dim=64, dlse=True),
+    "bidirectional packed": Case(1000, lengths_q=(100, 0, 700, 150), heads=(6, 6), head_dim=128, causal=False),
+    "cross packed": Case(800, 1100, lengths_q=(300, 450, 50), lengths_k=(900, 20, 180), heads=(8, 4), head_dim=64),
+    "wide window packed": Case(3000, lengths_q=(2000, 1000), window=(600, 0), heads=(16, 2), head_dim=64, dlse=True),
+    "no keys": Case(200, lengths_q=(100, 100), lengths_k=(0, 100), seqlen_k=100, heads=(8, 2), head_dim=64),
     "odd": Case(333, 200, batch=2, heads=(21, 3), head_dim=(40, 80), padding="holes", dlse=True, layout="sliced"),
     "negative scale": Case(300, heads=(8, 1), head_dim=96, softmax_scale=-0.2, causal=False),
 }
@@ -43,12 +50,20 @@ FP16_CASES = ("gpt-oss window", "gpt-oss packed full", "llama", "mimo", "odd")
 def test_exactness(name, dtype):
     case = Case(**{**CASES[name].__dict__, "dtype": dtype})
     inputs = make_inputs(case, "cuda")
-    for implementation in ("triton", "triton_window") if short_window(case) else ("triton",):
+    for implementation in implementations(case):
         results = run(case, inputs, implementation)
-        assert_within_budget(case, inputs, results)
+        assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
         again = run(case, inputs, implementation)
         for key, value in results.items():
-            assert torch.equal(value, again[key]), f"{implementation}: {key} differs between two equal calls"
+            if (implementation, key) != ("triton_hopper", "dq"):  # added up in no fixed order
+                assert torch.equal(value, again[key]), f"{implementation}: {key} differs between two equal calls"
+
+
+def implementations(case: Case) -> list[str]:
+    """The kernels that must serve ``case`` on this card."""
+    is_hopper = torch.cuda.get_device_capability() == (9, 0)
+    window = is_hopper and short_window(case)
+    return ["triton"] + ["triton_window"] * window + ["triton_hopper"] * (is_hopper and hopper(case))
 
 
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
@@ -135,14 +150,14 @@ def test_cuda_graph():
 @pytest.mark.parametrize("dynamic", [False, True])
 def test_compile_with_inductor(dynamic):
     compiled = torch.compile(
-        lambda q, k, v, sinks: attention_sink(q * 1.0, k, v, sinks, window_size=(127, 0)).sin(),
+        lambda q, k, v, sinks: attention_sink(q * 1.0, k, v, sinks, window_size=(127, 0)) * 2.0,  # no rounding to fuse
         fullgraph=True, dynamic=dynamic,
     )  # fmt: skip
     for seqlen in (256, 300):
         inputs = make_inputs(Case(seqlen, dtype=BF16, **GPT_OSS), "cuda")
         leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
         out = compiled(*leaves)
-        expected = attention_sink(*leaves, window_size=(127, 0)).sin()
+        expected = attention_sink(*leaves, window_size=(127, 0)) * 2.0
         torch.testing.assert_close(out, expected)
         got, want = (torch.autograd.grad(x, leaves, inputs.dout) for x in (out, expected))
         for a, b in zip(got, want, strict=True):

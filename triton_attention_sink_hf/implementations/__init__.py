@@ -9,7 +9,7 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
-KERNELS = ("triton_window", "triton")  # fastest first
+KERNELS = ("triton_window", "triton_hopper", "triton")  # fastest first
 REFERENCE = "reference"
 
 
@@ -19,6 +19,8 @@ def load(name: str) -> ModuleType:
     # import statements, because torch.compile traces them and not importlib
     if name == "triton_window":
         from . import triton_window as backend
+    elif name == "triton_hopper":
+        from . import triton_hopper as backend
     elif name == "triton":
         from . import triton as backend
     else:

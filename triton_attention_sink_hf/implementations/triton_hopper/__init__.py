@@ -1,0 +1,83 @@
+"""Hopper kernels (wgmma, copy engine, warp specialisation) for full attention and wide windows, dense or packed."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from .. import triton as portable
+from ..triton.launch import Problem, target_name
+from .config import MAX_FUSED_DIM, TARGETS, TRITON_VERSIONS, triton_version
+
+if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
+    low, high = (".".join(map(str, version)) for version in TRITON_VERSIONS)
+    raise ImportError(
+        f"triton must be {low} to {high} for the Hopper kernels, got {'.'.join(map(str, triton_version()))}: "
+        "Gluon's interface changes between versions"
+    )
+
+from ...call import Call  # noqa: E402
+from .backward import launch_backward  # noqa: E402
+from .forward import launch_forward  # noqa: E402
+
+
+def supports(call: Call) -> str | None:
+    """Why these kernels cannot serve ``call``; None if they can."""
+    q, k, v, mask = call.q, call.k, call.v, call.mask
+    if call.deterministic:
+        return "the Hopper kernels add dq in no fixed order, and deterministic gradients were asked for"
+    if mask.key_padding_mask is not None or mask.seqused_k is not None:
+        return "the Hopper kernels take neither key_padding_mask nor seqused_k"
+    if call.softcap > 0.0 or call.softmax_scale <= 0.0:
+        return "the Hopper kernels take a positive softmax_scale and no softcap"
+    if q.dtype not in (torch.bfloat16, torch.float16):
+        return f"the Hopper kernels take bfloat16 or float16, got {q.dtype}"
+    if max(q.shape[-1], v.shape[-1]) <= 32:
+        return "the Hopper kernels take head dimensions above 32"
+    target = target_name(q.device)
+    if target not in TARGETS:
+        return f"the Hopper kernels need {TARGETS[0]}, got {target}"
+    for name, x in (("q", q), ("k", k), ("v", v)):
+        if not _addressable(x):
+            return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
+    return portable.supports(call)
+
+
+def _addressable(x: Tensor) -> bool:
+    size = x.element_size()
+    aligned = x.storage_offset() if torch.compiler.is_compiling() else x.data_ptr() // size
+    return (
+        x.stride(-1) == 1
+        and aligned * size % 16 == 0
+        and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:-1])
+    )
+
+
+def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
+    """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32."""
+    if out.numel() and call.k.numel():
+        launch_forward(Problem(call), out, lse)
+    else:
+        portable.run_forward(call, out, lse)
+
+
+def run_backward(
+    call: Call,
+    out: Tensor,
+    lse: Tensor,
+    dout: Tensor,
+    dlse: Tensor | None,
+    dq: Tensor,
+    dk: Tensor | None,
+    dv: Tensor | None,
+    dsinks: Tensor | None,
+) -> None:
+    """Write dq, and dk, dv (inputs' dtypes) and dsinks (Hq,) fp32 where given.
+
+    Heads above MAX_FUSED_DIM, and calls that need no dk and dv, take the portable kernels.
+    """
+    if out.numel() and call.k.numel() and dk is not None and max(call.q.shape[-1], call.v.shape[-1]) <= MAX_FUSED_DIM:
+        dout = dout if _addressable(dout) else dout.contiguous()
+        launch_backward(Problem(call), out, lse, dout, dlse, dq, dk, dv, dsinks)
+    else:
+        portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)

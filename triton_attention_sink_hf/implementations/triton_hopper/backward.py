@@ -1,0 +1,495 @@
+"""Hopper backward in Gluon: one fused kernel of five products for head dimensions up to 128.
+
+Three warpgroups. Two consumers own 64 keys each: transposed scores and dP, dk and dv in registers, P and dS as register
+operands; they write dS to a ring of two slots. The third loads q, dout, lse and delta through the copy engine and makes
+dq: dS K as an fp32 tile that the copy engine adds to a buffer in memory. So no barrier couples the consumers. A barrier
+of a dS slot says two things: dS is there, and both consumers are done with the q and dout of that block.
+
+dk, dv and dsink have a fixed order; dq has none (the order in which tiles arrive), hence no place where determinism is
+asked for. Before the kernel runs ``_prepare`` (delta, lse in base 2, dsink, zeros for dq), after it ``_finish`` (dq in
+its own dtype).
+"""
+
+import triton
+import triton.language as tl
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ..triton.backward import dlse_arguments
+from ..triton.launch import Problem, ceil_div, planned, strides
+from ..triton.primitives import exp
+from ..triton.reduce import sum_rows
+from .config import backward_config
+from .gluon_compat import async_atomic_add, async_load
+from .launch import padded, rows_descriptor, section_of_heads, tile_order
+from .schedule import block_plan, interval, work_item
+
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+BLOCK_M = 64  # queries of a block, and keys of a consumer
+KEYS = 128  # keys of a program
+ROWS = 128  # rows of a program of the passes before and after
+
+# Keeps ptxas from sinking what makes P below the next product: a warp barrier whose mask depends on P.
+_PIN: gl.constexpr = gl.constexpr(
+    "{ .reg .b32 t, m; activemask.b32 m; or.b32 t, $4, $5; or.b32 t, t, $6; or.b32 t, t, $7; or.b32 t, t, m;"
+    " bar.warp.sync t; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
+)
+
+
+@triton.jit
+def _prepare_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, sink_ptr, buffer_ptr, statistics_ptr, dsink_ptr,
+    seqlen_q, padded_q, heads_q, tiles,
+    stride_ob, stride_ot, stride_oh, stride_od, stride_dob, stride_dot, stride_doh, stride_dod,
+    stride_dlb, stride_dlh, stride_dlt,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """statistics (2, B Hq, padded_q): lse in base 2 (inf where P must be 0) and delta; dsink's parts; zeros for dq."""
+    h = tl.program_id(0)
+    tile = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    i = tile * ROWS + tl.arange(0, ROWS)
+    valid = i < seqlen_q
+    rows = i.to(tl.int64)[:, None]
+    d = tl.arange(0, BLOCK_DV)[None, :]
+    inside = valid[:, None] & (d < DV)
+    out_base = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh
+    out = tl.load(out_base + rows * stride_ot + d * stride_od, mask=inside, other=0.0).to(tl.float32)
+    dout_base = dout_ptr + b * stride_dob + h.to(tl.int64) * stride_doh
+    dout = tl.load(dout_base + rows * stride_dot + d * stride_dod, mask=inside, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    if HAS_DLSE:
+        dlse_base = dlse_ptr + b * stride_dlb + h.to(tl.int64) * stride_dlh
+        delta -= tl.load(dlse_base + i.to(tl.int64) * stride_dlt, mask=valid, other=0.0)
+    head = b * heads_q + h
+    lse = tl.load(lse_ptr + head * seqlen_q + i, mask=valid, other=float("-inf"))
+    empty = lse == float("-inf")
+    statistics = statistics_ptr + head * padded_q + i
+    tl.store(statistics, tl.where(empty, float("inf"), lse * 1.4426950408889634))
+    tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    buffer = buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d
+    tl.store(buffer, tl.zeros([ROWS, BLOCK_D], tl.float32), mask=valid[:, None] & (d < D))
+    if HAS_SINK:
+        p_sink = tl.where(empty, 0.0, exp(tl.load(sink_ptr + h).to(tl.float32) - lse))
+        tl.store(dsink_ptr + (b * tiles + tile) * heads_q + h, -tl.sum(p_sink * delta, 0))
+
+
+@triton.jit
+def _finish_kernel(
+    buffer_ptr, dq_ptr, softmax_scale, seqlen_q, heads_q, stride_dqb, stride_dqt, stride_dqh, stride_dqd,
+    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """dq (B, Sq, Hq, D) in its dtype and layout from the fp32 buffer."""
+    h = tl.program_id(0)
+    b = tl.program_id(2).to(tl.int64)
+    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
+    d = tl.arange(0, BLOCK_D)[None, :]
+    rows = i.to(tl.int64)[:, None]
+    inside = (i < seqlen_q)[:, None] & (d < D)
+    dq = tl.load(buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d, mask=inside) * softmax_scale
+    dq_base = dq_ptr + b * stride_dqb + h.to(tl.int64) * stride_dqh
+    tl.store(dq_base + rows * stride_dqt + d * stride_dqd, dq.to(dq_ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _slot(c, STAGES: gl.constexpr):
+    """Slot of block c in the ring, and the phase of its barrier."""
+    return c % STAGES, (c // STAGES) & 1
+
+
+@gluon.jit
+def _load_block(
+    q_desc, dout_desc, lse_desc, delta_desc, q_smem, dout_smem, lse_smem, delta_smem, full, slot, b, head, row, m0,
+    BLOCK_M: gl.constexpr,
+):  # fmt: skip
+    mbarrier.expect(full.index(slot), q_desc.block_type.nbytes + dout_desc.block_type.nbytes + 8 * BLOCK_M)
+    async_load(q_desc, [b, head, m0, 0], full.index(slot), q_smem.index(slot))
+    async_load(lse_desc, [row, m0], full.index(slot), lse_smem.index(slot))
+    async_load(dout_desc, [b, head, m0, 0], full.index(slot), dout_smem.index(slot))
+    async_load(delta_desc, [row, m0], full.index(slot), delta_smem.index(slot))
+
+
+@gluon.jit
+def _dq_part(
+    part: gl.constexpr, last: gl.constexpr, o, e, b, head, m0, zero, k_smem, ds_smem, dq_smem, dq_desc, ds_empty,
+    BLOCK_D: gl.constexpr,
+):  # fmt: skip
+    """64 columns of a dq tile: dS of both consumers times K, added to the buffer."""
+    ds0 = ds_smem.index(e * 2).permute((1, 0))
+    ds1 = ds_smem.index(e * 2 + 1).permute((1, 0))
+    k0 = k_smem.index(0).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
+    k1 = k_smem.index(1).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
+    dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
+    dq = warpgroup_mma(ds1, k1, dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=[dq])
+    if last:
+        mbarrier.arrive(ds_empty.index(e), count=1)
+    tma.store_wait(1)
+    gl.thread_barrier()
+    tile = dq_smem.index(o)
+    tile.reshape([64, 64]).store(dq)
+    fence_async_shared()
+    gl.thread_barrier()
+    async_atomic_add(dq_desc, [b, head, m0, part * 64], tile)
+
+
+@gluon.jit
+def _loader_and_dq(
+    q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc,
+    q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, ds_full, ds_empty,
+    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
+    PARTS: gl.constexpr = BLOCK_D // 64
+    tile, bh = work_item(gl.program_id(0), tiles, section, order_ptr, False, PACKED)
+    b = bh // heads_k
+    head_k = bh - b * heads_k
+    key = tile * KEYS
+    start, blocks, edge, unmasked = block_plan(
+        key, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, True, HAS_RIGHT, HAS_LEFT, PACKED
+    )
+    mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
+    for w in gl.static_range(2):
+        async_load(k_desc, [b, head_k, key + w * 64, 0], kv_full, k_smem.index(w))
+        async_load(v_desc, [b, head_k, key + w * 64, 0], kv_full, v_smem.index(w))
+    n = group * blocks
+    head = head_k * group
+    row = b * heads_k * group + head
+    ahead_head = 0  # the next block to load: head of the group, block
+    ahead = 0
+    for c in range(0, gl.minimum(STAGES, n)):
+        _load_block(
+            q_desc, dout_desc, lse_desc, delta_desc, q_smem, dout_smem, lse_smem, delta_smem, full, c,
+            b, head + ahead_head, row + ahead_head, start + ahead * BLOCK_M, BLOCK_M,
+        )  # fmt: skip
+        ahead += 1
+        if ahead == blocks:
+            ahead = 0
+            ahead_head += 1
+    zero = gl.zeros([64, 64], gl.float32, layout=layout)
+    mbarrier.wait(kv_full, 0)
+    i = 0
+    for c in range(0, n):
+        e = c & 1
+        mbarrier.wait(ds_full.index(e), (c >> 1) & 1)
+        if c + STAGES < n:  # both consumers are through with this slot
+            slot, phase = _slot(c, STAGES)
+            _load_block(
+                q_desc, dout_desc, lse_desc, delta_desc, q_smem, dout_smem, lse_smem, delta_smem, full, slot,
+                b, head_k * group + ahead_head, row + ahead_head, start + ahead * BLOCK_M, BLOCK_M,
+            )  # fmt: skip
+            ahead += 1
+            if ahead == blocks:
+                ahead = 0
+                ahead_head += 1
+        for part in gl.static_range(PARTS):
+            _dq_part(
+                part, part == PARTS - 1, (c * PARTS + part) & 1, e, b, head, start + i * BLOCK_M, zero,
+                k_smem, ds_smem, dq_smem, dq_desc, ds_empty, BLOCK_D,
+            )  # fmt: skip
+        i += 1
+        if i == blocks:
+            i = 0
+            head += 1
+    tma.store_wait(0)
+
+
+@gluon.jit
+def _consumer(
+    w: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem,
+    kv_full, full, ds_full, ds_empty, ranges_ptr, order_ptr,
+    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+    stride_kb, stride_kt: gl.constexpr, stride_kh, stride_vb, stride_vt: gl.constexpr, stride_vh,
+    stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dvb, stride_dvt: gl.constexpr, stride_dvh,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    # registers to spare: K and V there, scores one block ahead, P kept in fp32
+    SMALL: gl.constexpr = BLOCK_D <= 64 and BLOCK_DV <= 64
+    HAS_LO: gl.constexpr = HAS_RIGHT or PACKED
+    HAS_HI: gl.constexpr = HAS_LEFT or PACKED
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
+    dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    dv_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    operand: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
+    dk_operand: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
+    dv_operand: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    col_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = q_smem.dtype
+    scale = softmax_scale * LOG2E
+    tile, bh = work_item(gl.program_id(0), tiles, section, order_ptr, False, PACKED)
+    b = bh // heads_k
+    head_k = bh - b * heads_k
+    key = tile * KEYS
+    start, blocks, edge, unmasked = block_plan(
+        key, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, True, HAS_RIGHT, HAS_LEFT, PACKED
+    )
+    keys = key + w * 64 + gl.arange(0, 64, layout=row_layout)
+    lo, hi = interval(keys, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
+    zero = gl.zeros([64, BLOCK_M], gl.float32, layout=s_layout)
+    dk = gl.zeros([64, BLOCK_D], gl.float32, layout=dk_layout)
+    dv = gl.zeros([64, BLOCK_DV], gl.float32, layout=dv_layout)
+    k = k_smem.index(w).reshape([64, BLOCK_D])
+    v = v_smem.index(w).reshape([64, BLOCK_DV])
+    if SMALL:
+        own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
+        d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, operand))
+        k_base = k_ptr + b.to(gl.int64) * stride_kb + head_k.to(gl.int64) * stride_kh
+        inside = (own < seqlen_k)[:, None]
+        k = gl.load(
+            k_base + own.to(gl.int64)[:, None] * stride_kt + d[None, :], mask=inside & (d < D)[None, :], other=0.0
+        )
+        v_base = v_ptr + b.to(gl.int64) * stride_vb + head_k.to(gl.int64) * stride_vh
+        v = gl.load(
+            v_base + own.to(gl.int64)[:, None] * stride_vt + d[None, :], mask=inside & (d < DV)[None, :], other=0.0
+        )
+    mbarrier.wait(kv_full, 0)
+    n = group * blocks
+    i = 0
+    s = zero
+    dp = zero
+    if SMALL:
+        mbarrier.wait(full.index(0), 0)
+        q0 = q_smem.index(0).reshape([BLOCK_M, BLOCK_D])
+        s = warpgroup_mma(k, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s, dp = warpgroup_mma_wait(0, deps=[s, dp])
+    for c in range(0, n):
+        slot, phase = _slot(c, STAGES)
+        e = c & 1
+        q = q_smem.index(slot).reshape([BLOCK_M, BLOCK_D])
+        dout = dout_smem.index(slot).reshape([BLOCK_M, BLOCK_DV])
+        if not SMALL:
+            mbarrier.wait(full.index(slot), phase)
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+        lse = lse_smem.index(slot).load(s_layout)
+        if HAS_LO or HAS_HI:
+            if (i < edge) | (i >= edge + unmasked):
+                m = start + i * BLOCK_M + gl.arange(0, BLOCK_M, layout=col_layout)
+                if HAS_LO:
+                    s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
+                if HAS_HI:
+                    s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+        i += 1
+        if i == blocks:
+            i = 0
+        p = gl.exp2(s * scale - lse)
+        p_half = p.to(dtype)
+        if not SMALL:
+            p_half = gl.inline_asm_elementwise(_PIN, "=r,=r,=r,=r,r,r,r,r", [p_half], p_half.dtype, False, 8)
+        dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(p_half, dv_operand), dout, dv, is_async=True)
+        delta = delta_smem.index(slot).load(s_layout)
+        if not SMALL:
+            p = p_half.to(gl.float32)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = (p * (dp - delta)).to(dtype)
+        if SMALL:  # scores of the next block (of this one again at the very end)
+            next_slot, next_phase = _slot(gl.minimum(c + 1, n - 1), STAGES)
+            mbarrier.wait(full.index(next_slot), next_phase)
+        dk = warpgroup_mma(gl.convert_layout(ds, dk_operand), q, dk, is_async=True)
+        if SMALL:
+            q_next = q_smem.index(next_slot).reshape([BLOCK_M, BLOCK_D])
+            s = warpgroup_mma(k, q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(ds_empty.index(e), ((c >> 1) & 1) ^ 1)
+        ds_smem.index(e * 2 + w).store(ds)
+        if SMALL:
+            s, dv, dk = warpgroup_mma_wait(0, deps=[s, dv, dk])
+        else:
+            dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+        fence_async_shared()
+        mbarrier.arrive(ds_full.index(e), count=1)
+    own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, dk_layout))
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, dk_layout))
+    inside = (own < seqlen_k)[:, None] & (d < D)[None, :]
+    dk_base = dk_ptr + b.to(gl.int64) * stride_dkb + head_k.to(gl.int64) * stride_dkh
+    gl.store(
+        dk_base + own.to(gl.int64)[:, None] * stride_dkt + d[None, :], (dk * softmax_scale).to(dtype), mask=inside
+    )
+    own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, dv_layout))
+    d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, dv_layout))
+    inside = (own < seqlen_k)[:, None] & (d < DV)[None, :]
+    dv_base = dv_ptr + b.to(gl.int64) * stride_dvb + head_k.to(gl.int64) * stride_dvh
+    gl.store(dv_base + own.to(gl.int64)[:, None] * stride_dvt + d[None, :], dv.to(dtype), mask=inside)
+
+
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_k", "group", "left", "right", "tiles", "section"])
+def _hopper_bwd_kernel(
+    q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    ranges_ptr, order_ptr,
+    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+    stride_kb, stride_kt: gl.constexpr, stride_kh, stride_kd: gl.constexpr,
+    stride_vb, stride_vt: gl.constexpr, stride_vh, stride_vd: gl.constexpr,
+    stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dkd: gl.constexpr,
+    stride_dvb, stride_dvt: gl.constexpr, stride_dvh, stride_dvd: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    k_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, BLOCK_DV], v_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout)
+    dout_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], dout_desc.layout)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([64, BLOCK_M], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], ds_layout)
+    dq_smem = gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq_desc.layout)
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout)
+    kv_full = gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    mbarrier.init(kv_full, count=1)
+    for j in gl.static_range(STAGES):
+        mbarrier.init(full.index(j), count=1)
+    for j in gl.static_range(2):
+        mbarrier.init(ds_full.index(j), count=2)
+        mbarrier.init(ds_empty.index(j), count=1)
+    fence_async_shared()
+    # constexprs survive only in tuples written out here
+    gl.warp_specialize(
+        [
+            (_consumer, (
+                0, k_ptr, v_ptr, dk_ptr, dv_ptr, q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem,
+                kv_full, full, ds_full, ds_empty, ranges_ptr, order_ptr,
+                softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+                stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+                D, DV, BLOCK_D, BLOCK_DV, STAGES, BLOCK_M, KEYS, HAS_LEFT, HAS_RIGHT, PACKED,
+            )),
+            (_consumer, (
+                1, k_ptr, v_ptr, dk_ptr, dv_ptr, q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem,
+                kv_full, full, ds_full, ds_empty, ranges_ptr, order_ptr,
+                softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+                stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
+                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+                D, DV, BLOCK_D, BLOCK_DV, STAGES, BLOCK_M, KEYS, HAS_LEFT, HAS_RIGHT, PACKED,
+            )),
+            (_loader_and_dq, (
+                q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc,
+                q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, ds_full, ds_empty,
+                ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+                BLOCK_D, STAGES, BLOCK_M, KEYS, HAS_LEFT, HAS_RIGHT, PACKED,
+            )),
+        ],
+        [4, 4],
+        [CONSUMER_REGISTERS, DQ_REGISTERS],
+    )  # fmt: skip
+
+
+@planned
+def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides) -> tuple:
+    """Constants of the three launches, and the sizes that their grids need."""
+    call, mask, config = problem.call, problem.call.mask, backward_config(problem)
+    q_tiles = ceil_div(problem.seqlen_q, ROWS)
+    tiles = ceil_div(problem.seqlen_k, KEYS)
+    dims = {
+        "D": call.q.shape[-1],
+        "DV": call.v.shape[-1],
+        "BLOCK_D": padded(call.q.shape[-1]),
+        "BLOCK_DV": padded(call.v.shape[-1]),
+    }
+    prepare = {
+        "seqlen_q": problem.seqlen_q,
+        "padded_q": q_tiles * ROWS,
+        "heads_q": problem.heads_q,
+        "tiles": q_tiles,
+        **strides("o", out_strides),
+        **strides("do", dout_strides),
+        **dlse_arguments(dlse_strides),
+        "HAS_SINK": call.sinks is not None,
+        **dims,
+        "ROWS": ROWS,
+    }
+    finish = {
+        "softmax_scale": call.softmax_scale,
+        "seqlen_q": problem.seqlen_q,
+        "heads_q": problem.heads_q,
+        **strides("dq", dq_strides),
+        "D": dims["D"],
+        "BLOCK_D": dims["BLOCK_D"],
+        "ROWS": ROWS,
+    }
+    main = {
+        "softmax_scale": call.softmax_scale,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "heads_k": problem.heads_k,
+        "group": problem.heads_q // problem.heads_k,
+        "left": mask.left,
+        "right": mask.right,
+        "tiles": tiles,
+        "section": section_of_heads(problem, problem.heads_k, 4 * 2**20),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("dk", dk_strides),
+        **strides("dv", dv_strides),
+        **dims,
+        "STAGES": config.stages,
+        "BLOCK_M": BLOCK_M,
+        "KEYS": KEYS,
+        "HAS_LEFT": mask.left >= 0,
+        "HAS_RIGHT": mask.right >= 0,
+        "PACKED": mask.packed,
+        "CONSUMER_REGISTERS": config.consumer_registers,
+        "DQ_REGISTERS": config.dq_registers,
+        "num_warps": 4,
+    }
+    return q_tiles, tiles * problem.batch * problem.heads_k, prepare, main, finish
+
+
+def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
+    """Write dq, dk, dv, and dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
+    call = problem.call
+    q_tiles, programs, prepare, main, finish = _plan(
+        problem, out.stride(), dout.stride(), None if dlse is None else dlse.stride(), dq.stride(), dk.stride(),
+        dv.stride(),
+    )  # fmt: skip
+    batch, heads = problem.batch, problem.heads_q
+    buffer = lse.new_empty(call.q.shape)
+    statistics = lse.new_empty(2, batch * heads, prepare["padded_q"])
+    dsink_parts = None if dsinks is None else lse.new_empty(batch * q_tiles, heads)
+    grid = (heads, q_tiles, batch)
+    _prepare_kernel[grid](
+        out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=buffer,
+        statistics_ptr=statistics, dsink_ptr=dsink_parts, **prepare,
+    )  # fmt: skip
+    ranges = problem.ranges
+    unused = lse  # warp_specialize passes no None
+    key_ranges = unused if ranges is None else ranges[2 * problem.seqlen_q :]
+    row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+    _hopper_bwd_kernel[(programs,)](
+        q_desc=rows_descriptor(call.q, BLOCK_M),
+        dout_desc=rows_descriptor(dout, BLOCK_M),
+        k_desc=rows_descriptor(call.k, 64),
+        v_desc=rows_descriptor(call.v, 64),
+        lse_desc=TensorDescriptor.from_tensor(statistics[0], [1, BLOCK_M], row_layout),
+        delta_desc=TensorDescriptor.from_tensor(statistics[1], [1, BLOCK_M], row_layout),
+        dq_desc=rows_descriptor(buffer, BLOCK_M, 64),
+        k_ptr=call.k,
+        v_ptr=call.v,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        ranges_ptr=key_ranges,
+        order_ptr=unused if ranges is None else tile_order(key_ranges, problem.seqlen_k, KEYS),
+        **main,
+    )
+    _finish_kernel[grid](buffer_ptr=buffer, dq_ptr=dq, **finish)
+    if dsinks is not None:
+        sum_rows(dsink_parts, dsinks)

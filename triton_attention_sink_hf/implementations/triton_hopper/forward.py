@@ -1,0 +1,404 @@
+"""Hopper forward in Gluon: one warp loads, two or three warpgroups of 64 query rows each compute.
+
+The producer warp fills a ring with K and V through the copy engine. A consumer takes the softmax of one block of
+scores, then issues the next block's scores and this block's P V together: exponentials of one warpgroup overlap the
+products of the others, which (TURNS) pass the tensor cores round by named barriers. P stays in registers. Programs are
+persistent; heavy tiles come first, in sections of heads whose keys fit L2.
+"""
+
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+
+from ..triton.launch import Problem, ceil_div, planned, strides
+from .config import forward_config
+from .gluon_compat import async_load
+from .launch import multiprocessors, padded, rows_descriptor, section_of_heads, tile_order
+from .schedule import block_plan, interval, work_item
+
+LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
+LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
+NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
+
+
+@gluon.jit
+def _load_pair(
+    k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head, n0, v_b, v_head, v_n0, STAGES: gl.constexpr
+):  # fmt: skip
+    """Slot c of the ring: K of this block and V of the block before it, since one step uses both."""
+    s = c % STAGES
+    has_v = c > 0
+    mbarrier.wait(empty.index(s), ((c // STAGES) & 1) ^ 1)
+    k_bytes: gl.constexpr = k_desc.block_type.nbytes
+    v_bytes: gl.constexpr = v_desc.block_type.nbytes
+    mbarrier.expect(full.index(s), k_bytes + v_bytes, pred=has_v)
+    mbarrier.expect(full.index(s), k_bytes, pred=c == 0)
+    async_load(k_desc, [b, head, n0, 0], full.index(s), k_smem.index(s))
+    async_load(v_desc, [v_b, v_head, v_n0, 0], full.index(s), v_smem.index(s), pred=has_v)
+
+
+@gluon.jit
+def _producer(
+    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    TILE: gl.constexpr = 64 * CONSUMERS
+    c = 0
+    i = 0
+    v_b = 0
+    v_head = 0
+    v_n0 = 0
+    for t in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, bh = work_item(t, tiles, section, order_ptr, True, PACKED)
+        b = bh // heads_q
+        head = bh - b * heads_q
+        head_k = head // group
+        start, n, edge, unmasked = block_plan(
+            tile * TILE, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, PACKED
+        )
+        n0 = start + (n - 1) * BLOCK_N
+        _load_pair(k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, v_b, v_head, v_n0, STAGES)
+        c += 1
+        for w in gl.static_range(CONSUMERS):
+            mbarrier.wait(q_empty.index(w), (i & 1) ^ 1)
+            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
+            async_load(
+                q_desc, [b, head, tile * TILE + w * 64, 0], q_full.index(w), q_smem.index(w)
+            )
+        for _ in range(1, n):
+            n0 -= BLOCK_N
+            _load_pair(
+                k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, b, head_k, n0 + BLOCK_N, STAGES
+            )
+            c += 1
+        v_b = b
+        v_head = head_k
+        v_n0 = n0
+        i += 1
+    s = c % STAGES  # the last V
+    mbarrier.wait(empty.index(s), ((c // STAGES) & 1) ^ 1)
+    mbarrier.expect(full.index(s), v_desc.block_type.nbytes)
+    async_load(v_desc, [v_b, v_head, v_n0, 0], full.index(s), v_smem.index(s))
+
+
+@gluon.jit
+def _wait_for_turn(w: gl.constexpr):
+    if w == 0:
+        gl.inline_asm_elementwise("bar.sync 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    elif w == 1:
+        gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _pass_turn_to(w: gl.constexpr):
+    if w == 0:
+        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    elif w == 1:
+        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    else:
+        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def _softmax(
+    s, m, l, scale, lo, hi, n0, MASKED: gl.constexpr, HAS_LO: gl.constexpr, BLOCK_N: gl.constexpr,
+    col_layout: gl.constexpr,
+):  # fmt: skip
+    if MASKED:
+        j = n0 + gl.arange(0, BLOCK_N, layout=col_layout)
+        visible = j[None, :] < hi[:, None]
+        if HAS_LO:
+            visible = visible & (j[None, :] >= lo[:, None])
+        s = gl.where(visible, s, float("-inf"))
+    m_new = gl.maximum(m, gl.max(s, axis=1) * scale)
+    alpha = gl.exp2(m - m_new)
+    p = gl.exp2(s * scale - m_new[:, None])
+    l = l * alpha + gl.sum(p, axis=1)
+    return p, m_new, l, alpha
+
+
+@gluon.jit
+def _step(
+    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w: gl.constexpr,
+    MASKED: gl.constexpr, HAS_LO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+    col_layout: gl.constexpr, acc_row_layout: gl.constexpr, p_layout: gl.constexpr,
+):  # fmt: skip
+    """Softmax of the scores s, then the next block's scores and this block's P V: slot c holds both operands."""
+    slot = c % STAGES
+    p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, MASKED, HAS_LO, BLOCK_N, col_layout)
+    acc = acc * gl.convert_layout(alpha, acc_row_layout)[:, None]
+    p = gl.convert_layout(p.to(q.dtype), p_layout)
+    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
+    if TURNS:
+        _wait_for_turn(w)
+    k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, BLOCK_DV]), acc, use_acc=True, is_async=True)
+    if TURNS:
+        _pass_turn_to((w + 1) % CONSUMERS)
+    s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return s, acc, m, l
+
+
+@gluon.jit
+def _consumer(
+    w: gl.constexpr, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+    stride_ob, stride_ot: gl.constexpr, stride_oh,
+    DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_SINK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    TILE: gl.constexpr = 64 * CONSUMERS
+    HAS_LO: gl.constexpr = HAS_LEFT or PACKED
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
+    acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
+    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
+    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
+    acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
+    col_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
+    dtype: gl.constexpr = q_smem.dtype
+    scale = softmax_scale * LOG2E
+    zero = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
+    q = q_smem.index(w).reshape([64, BLOCK_D])
+    c = 0
+    i = 0
+    if TURNS:  # the turn starts with warpgroup 0 and goes round once a block
+        if w == CONSUMERS - 1:
+            _pass_turn_to(0)
+    for t in range(gl.program_id(0), items, gl.num_programs(0)):
+        tile, bh = work_item(t, tiles, section, order_ptr, True, PACKED)
+        b = bh // heads_q
+        head = bh - b * heads_q
+        start, n, edge, unmasked = block_plan(
+            tile * TILE, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, PACKED
+        )
+        token = tile * TILE + w * 64
+        rows = token + gl.arange(0, 64, layout=row_layout)
+        lo, hi = interval(rows, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
+        m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
+        l = gl.zeros([64], gl.float32, layout=row_layout)
+        acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
+        n0 = start + (n - 1) * BLOCK_N
+
+        mbarrier.wait(q_full.index(w), i & 1)
+        mbarrier.wait(full.index(c % STAGES), (c // STAGES) & 1)
+        k = k_smem.index(c % STAGES).reshape([BLOCK_N, BLOCK_D])
+        s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+        s = warpgroup_mma_wait(0, deps=[s])
+        mbarrier.arrive(empty.index(c % STAGES), count=1)
+        c += 1
+        # blocks n - 1 to 1, descending; block 0 follows below
+        right_edge = gl.minimum(n - edge - unmasked, n - 1)
+        middle = gl.minimum(n - edge, n - 1)
+        for _ in range(0, right_edge):
+            s, acc, m, l = _step(
+                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+                BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
+            )  # fmt: skip
+            c += 1
+            n0 -= BLOCK_N
+        for _ in range(right_edge, middle):
+            s, acc, m, l = _step(
+                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, HAS_LO,
+                BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
+            )  # fmt: skip
+            c += 1
+            n0 -= BLOCK_N
+        if HAS_LO:
+            for _ in range(middle, n - 1):
+                s, acc, m, l = _step(
+                    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+                    BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
+                )  # fmt: skip
+                c += 1
+                n0 -= BLOCK_N
+        mbarrier.arrive(q_empty.index(w), count=1)
+        p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, True, HAS_LO, BLOCK_N, col_layout)
+        acc = acc * gl.convert_layout(alpha, acc_row_layout)[:, None]
+        p = gl.convert_layout(p.to(dtype), p_layout)
+        mbarrier.wait(full.index(c % STAGES), (c // STAGES) & 1)
+        v = v_smem.index(c % STAGES).reshape([BLOCK_N, BLOCK_DV])
+        acc = warpgroup_mma(p, v, acc, use_acc=True, is_async=True)
+
+        # the sink joins last, in natural units, so that a row that it dominates has lse = sink exactly
+        top = m * LN2
+        if HAS_SINK:
+            sink = gl.load(sink_ptr + head).to(gl.float32)
+            top = gl.maximum(top, sink)
+        keys = gl.exp2(m - top * LOG2E)
+        l = l * keys
+        if HAS_SINK:
+            l += gl.exp2((sink - top) * LOG2E)
+        nothing = l == 0.0
+        l = gl.where(nothing, 1.0, l)
+        lse = gl.where(nothing, float("-inf"), top + gl.log2(l) * LN2)
+        factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), acc_row_layout)
+        gl.store(lse_ptr + bh.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
+        acc = warpgroup_mma_wait(0, deps=[acc])
+        out = (acc * factor[:, None]).to(dtype)
+        if BLOCK_DV <= 64:  # wide stores; larger heads leave no shared memory for the exchange
+            store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+            out = gl.convert_layout(out, store_layout)
+        else:
+            store_layout: gl.constexpr = acc_layout
+        out_rows = token + gl.arange(0, 64, layout=gl.SliceLayout(1, store_layout))
+        columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, store_layout))
+        out_base = out_ptr + b.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
+        mask = (out_rows < seqlen_q)[:, None]
+        if DV < BLOCK_DV:
+            mask = mask & (columns < DV)[None, :]
+        gl.store(out_base + out_rows.to(gl.int64)[:, None] * stride_ot + columns[None, :], out, mask=mask)
+        i += 1
+    if TURNS:
+        if w == 0:
+            _wait_for_turn(0)
+
+
+@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_q", "group", "left", "right", "tiles", "items", "section"])
+def _hopper_fwd_kernel(
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, ranges_ptr, order_ptr,
+    softmax_scale, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
+    stride_ob, stride_ot: gl.constexpr, stride_oh, stride_od: gl.constexpr,
+    DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_SINK: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+    CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BLOCK_D], q_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
+    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(CONSUMERS):
+        mbarrier.init(q_full.index(j), count=1)
+        mbarrier.init(q_empty.index(j), count=1)
+    for j in gl.static_range(STAGES):
+        mbarrier.init(full.index(j), count=1)
+        mbarrier.init(empty.index(j), count=CONSUMERS)
+    fence_async_shared()
+    # constexprs survive only in tuples written out here
+    if CONSUMERS == 3:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+                (_consumer, (
+                    1, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+                (_consumer, (
+                    2, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+                (_producer, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
+                    BLOCK_N, CONSUMERS, STAGES, HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+            ],
+            [4, 4, 1],
+            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+    else:
+        gl.warp_specialize(
+            [
+                (_consumer, (
+                    0, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+                (_consumer, (
+                    1, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+                (_producer, (
+                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
+                    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
+                    BLOCK_N, CONSUMERS, STAGES, HAS_LEFT, HAS_RIGHT, PACKED,
+                )),
+            ],
+            [4, 1],
+            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+        )  # fmt: skip
+
+
+@planned
+def _plan(problem: Problem, out_strides) -> tuple:
+    """Grid, config, rows of a tile, constants."""
+    call, mask, config = problem.call, problem.call.mask, forward_config(problem)
+    tile = 64 * config.consumers
+    tiles = ceil_div(problem.seqlen_q, tile)
+    items = tiles * problem.batch * problem.heads_q
+    constants = {
+        "softmax_scale": call.softmax_scale,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "heads_q": problem.heads_q,
+        "group": problem.heads_q // problem.heads_k,
+        "left": mask.left,
+        "right": mask.right,
+        "tiles": tiles,
+        "items": items,
+        "section": section_of_heads(problem, problem.heads_q, 24 * 2**20),
+        **strides("o", out_strides),
+        "DV": call.v.shape[-1],
+        "BLOCK_D": padded(call.q.shape[-1]),
+        "BLOCK_DV": padded(call.v.shape[-1]),
+        "BLOCK_N": config.block_n,
+        "CONSUMERS": config.consumers,
+        "STAGES": config.stages,
+        "TURNS": config.turns,
+        "HAS_SINK": call.sinks is not None,
+        "HAS_LEFT": mask.left >= 0,
+        "HAS_RIGHT": mask.right >= 0,
+        "PACKED": mask.packed,
+        "CONSUMER_REGISTERS": config.consumer_registers,
+        "PRODUCER_REGISTERS": config.producer_registers,
+        "num_warps": 4,
+    }
+    return (min(items, multiprocessors(call.q.device)),), config, tile, constants
+
+
+def launch_forward(problem: Problem, out, lse) -> None:
+    """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
+    call = problem.call
+    grid, config, tile, constants = _plan(problem, out.stride())
+    ranges = problem.ranges
+    unused = lse  # warp_specialize passes no None
+    _hopper_fwd_kernel[grid](
+        q_desc=rows_descriptor(call.q, 64),
+        k_desc=rows_descriptor(call.k, config.block_n),
+        v_desc=rows_descriptor(call.v, config.block_n),
+        out_ptr=out,
+        lse_ptr=lse,
+        sink_ptr=unused if problem.sinks is None else problem.sinks,
+        ranges_ptr=unused if ranges is None else ranges,
+        order_ptr=unused if ranges is None else tile_order(ranges, problem.seqlen_q, tile),
+        **constants,
+    )
