@@ -18,12 +18,15 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from cases import Case, short_window
+from cases import Case, hopper, short_window
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.triton import backward, forward, launch
+from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
+from triton_attention_sink_hf.implementations.triton_hopper import config as hopper_config
+from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
 from triton_attention_sink_hf.implementations.triton_window import config as window_config
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
@@ -121,6 +124,13 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
                 problem, lse, torch.empty_like(out), lse if case.dlse else None,
                 torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
             )  # fmt: skip
+        if hopper(case) and problem.target in hopper_config.TARGETS:
+            hopper_forward.launch_forward(problem, out, lse)
+            if max(case.dims) <= hopper_config.MAX_FUSED_DIM:
+                hopper_backward.launch_backward(
+                    problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
+                    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
+                )  # fmt: skip
     finally:
         triton.JITFunction.run = run
     return compiled
@@ -167,6 +177,7 @@ def spilled(kernel) -> int:
 def main(target: str, cases: dict[str, Case]) -> None:
     driver.set_active(Driver(target_of(target)))
     launch.target_name = lambda device: target
+    hopper_forward.multiprocessors = lambda device: 132
     for name, case in cases.items():
         for kernel_name, kernel in compile_case(case):
             row = {"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared, "spilled": spilled(kernel)}

@@ -44,6 +44,8 @@ def _check(target: str, rows: list[dict]) -> None:
     kernels = {row["kernel"] for row in rows}
     for prefix in ("_attn", "_window") if target == "sm90" else ("_attn",):
         assert {f"{prefix}_fwd_kernel", f"{prefix}_bwd_dq_kernel", f"{prefix}_bwd_dkv_kernel"} <= kernels
+    if target == "sm90":
+        assert {"_hopper_fwd_kernel", "_hopper_bwd_kernel"} <= kernels
     wrong = [
         row
         for row in rows

@@ -19,6 +19,8 @@ CASES = {
     "gpt-oss full": Case(2048, **GPT_OSS),
     "gpt-oss packed window": Case(4096, lengths_q=RL_LENGTHS, window=(127, 0), layout="bhsd", **GPT_OSS),
     "gpt-oss packed full": Case(4096, lengths_q=RL_LENGTHS, dlse=True, **GPT_OSS),
+    "gpt-oss packed aligned": Case(4096, lengths_q=(1024, 640, 2432), layout="bhsd", **GPT_OSS),
+    "gpt-oss long": Case(6000, batch=2, heads=(16, 2), head_dim=64),
     "gpt-oss left padding": Case(777, batch=3, padding="left", window=(127, 0), layout="bhsd", **GPT_OSS),
     "gpt-oss right padding": Case(515, batch=2, padding="right", **GPT_OSS),
     "gpt-oss decode": Case(1, 1999, batch=3, used=(1999, 1, 700), window=(127, 0), **GPT_OSS),
@@ -33,7 +35,9 @@ CASES = {
     "more queries than keys": Case(700, 300, heads=(8, 2), head_dim=64, dlse=True),
     "bidirectional packed": Case(1000, lengths_q=(100, 0, 700, 150), heads=(6, 6), head_dim=128, causal=False),
     "cross packed": Case(800, 1100, lengths_q=(300, 450, 50), lengths_k=(900, 20, 180), heads=(8, 4), head_dim=64),
-    "wide window packed": Case(3000, lengths_q=(2000, 1000), window=(600, 0), heads=(16, 2), head_dim=64, dlse=True),
+    "wide window packed": Case(
+        3000, lengths_q=(2000, 800, 1, 199), window=(600, 0), heads=(16, 2), head_dim=64, dlse=True
+    ),
     "no keys": Case(200, lengths_q=(100, 100), lengths_k=(0, 100), seqlen_k=100, heads=(8, 2), head_dim=64),
     "odd": Case(333, 200, batch=2, heads=(21, 3), head_dim=(40, 80), padding="holes", dlse=True, layout="sliced"),
     "negative scale": Case(300, heads=(8, 1), head_dim=96, softmax_scale=-0.2, causal=False),

@@ -1,7 +1,8 @@
 """Names of the implementations, and the lazily imported modules behind them.
 
 A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None),
-``run_forward`` and ``run_backward``; to add one, add its folder, its name in ``KERNELS`` and its import in ``load``.
+``run_forward`` and ``run_backward``, and perhaps ``avoid(call)``, what "auto" holds against it.
+To add one, add its folder, its name in ``KERNELS`` and its import in ``load``.
 """
 
 from __future__ import annotations
@@ -38,4 +39,7 @@ def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:
         backend = load(name)
     except ImportError as error:
         return f"{error}"
-    return backend.supports(call)
+    reason = backend.supports(call)
+    if reason is None and automatic and hasattr(backend, "avoid"):
+        reason = backend.avoid(call)
+    return reason

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import triton as portable
 from ..triton.launch import Problem, target_name
-from .config import MAX_FUSED_DIM, TARGETS, TRITON_VERSIONS, triton_version
+from .config import MAX_FUSED_DIM, MIN_MEAN_SEGMENT, MIN_QUERIES, TARGETS, TRITON_VERSIONS, triton_version
 
 if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
     low, high = (".".join(map(str, version)) for version in TRITON_VERSIONS)
@@ -16,14 +16,17 @@ if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
         "Gluon's interface changes between versions"
     )
 
-from ...call import Call  # noqa: E402
-from .backward import launch_backward  # noqa: E402
-from .forward import launch_forward  # noqa: E402
+from ...call import Call
+from .backward import launch_backward
+from .forward import launch_forward
 
 
 def supports(call: Call) -> str | None:
     """Why these kernels cannot serve ``call``; None if they can."""
     q, k, v, mask = call.q, call.k, call.v, call.mask
+    target = target_name(q.device)
+    if target not in TARGETS:
+        return f"the Hopper kernels need {TARGETS[0]}, got {target}"
     if call.deterministic:
         return "the Hopper kernels add dq in no fixed order, and deterministic gradients were asked for"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
@@ -34,13 +37,20 @@ def supports(call: Call) -> str | None:
         return f"the Hopper kernels take bfloat16 or float16, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) <= 32:
         return "the Hopper kernels take head dimensions above 32"
-    target = target_name(q.device)
-    if target not in TARGETS:
-        return f"the Hopper kernels need {TARGETS[0]}, got {target}"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not _addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
     return portable.supports(call)
+
+
+def avoid(call: Call) -> str | None:
+    """Why "auto" leaves ``call`` to the portable kernels, which are faster there; None if it does not."""
+    q, cu = call.q, call.mask.cu_seqlens_q
+    if q.shape[1] < MIN_QUERIES:
+        return f"the portable kernels are faster for fewer than {MIN_QUERIES} queries, got {q.shape[1]}"
+    if cu is not None and q.shape[1] < MIN_MEAN_SEGMENT * (cu.numel() - 1):
+        return f"the portable kernels are faster for packed rows of less than {MIN_MEAN_SEGMENT} tokens on average"
+    return None
 
 
 def _addressable(x: Tensor) -> bool:

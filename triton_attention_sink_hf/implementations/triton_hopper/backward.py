@@ -27,21 +27,28 @@ from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, planned, strides
 from ..triton.primitives import exp
 from ..triton.reduce import sum_rows
-from .config import backward_config
-from .gluon_compat import async_atomic_add, async_load
-from .launch import padded, rows_descriptor, section_of_heads, tile_order
-from .schedule import block_plan, interval, work_item
+from .config import BACKWARD_L2_KEYS, backward_config
+from .gluon_compat import async_atomic_add, async_load, thread_barrier
+from .launch import padded, rows_descriptor, section_of_heads, table_slots, tile_table
+from .schedule import block_plan, interval, tile_count, work_item
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
+ALIGN = 4  # the copy engine takes fp32 rows from multiples of 16 bytes only
 ROWS = 128  # rows of a program of the passes before and after
 
-# Keeps ptxas from sinking what makes P below the next product: a warp barrier whose mask depends on P.
+# Eight fp32 to packed halves, in a way that ptxas cannot sink below the next product: a warp barrier whose mask depends
+# on them. Without it ptxas delays the exponentials, runs out of registers and serialises every product (C7512).
 _PIN: gl.constexpr = gl.constexpr(
-    "{ .reg .b32 t, m; activemask.b32 m; or.b32 t, $4, $5; or.b32 t, t, $6; or.b32 t, t, $7; or.b32 t, t, m;"
-    " bar.warp.sync t; mov.b32 $0, $4; mov.b32 $1, $5; mov.b32 $2, $6; mov.b32 $3, $7; }"
+    "{ .reg .b32 t, m; cvt.rn.TYPE.f32 $0, $5, $4; cvt.rn.TYPE.f32 $1, $7, $6; cvt.rn.TYPE.f32 $2, $9, $8;"
+    " cvt.rn.TYPE.f32 $3, $11, $10; activemask.b32 m; or.b32 t, $0, $1; or.b32 t, t, $2; or.b32 t, t, $3;"
+    " or.b32 t, t, m; bar.warp.sync t; }"
 )
+_PIN_BF16: gl.constexpr = gl.constexpr(_PIN.value.replace("TYPE", "bf16x2"))
+_PIN_FP16: gl.constexpr = gl.constexpr(_PIN.value.replace("TYPE", "f16x2"))
+_PIN_OPERANDS: gl.constexpr = gl.constexpr("=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f")
+_UNPACK_BF16: gl.constexpr = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
 
 
 @triton.jit
@@ -135,30 +142,30 @@ def _dq_part(
     if last:
         mbarrier.arrive(ds_empty.index(e), count=1)
     tma.store_wait(1)
-    gl.thread_barrier()
+    thread_barrier()
     tile = dq_smem.index(o)
     tile.reshape([64, 64]).store(dq)
     fence_async_shared()
-    gl.thread_barrier()
+    thread_barrier()
     async_atomic_add(dq_desc, [b, head, m0, part * 64], tile)
 
 
 @gluon.jit
 def _loader_and_dq(
-    q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc,
-    q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, ds_full, ds_empty,
-    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
+    q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_smem, memory, sizes,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, ALIGN: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, kv_full, full, ds_full, ds_empty = memory
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     PARTS: gl.constexpr = BLOCK_D // 64
-    tile, bh = work_item(gl.program_id(0), tiles, section, order_ptr, False, PACKED)
+    tiles = tile_count(table_ptr, tiles, PACKED)
+    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, KEYS, False, PACKED)
     b = bh // heads_k
     head_k = bh - b * heads_k
-    key = tile * KEYS
-    start, blocks, edge, unmasked = block_plan(
-        key, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, True, HAS_RIGHT, HAS_LEFT, PACKED
+    start, blocks, _edge, _unmasked = block_plan(
+        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
     mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for w in gl.static_range(2):
@@ -185,7 +192,7 @@ def _loader_and_dq(
         e = c & 1
         mbarrier.wait(ds_full.index(e), (c >> 1) & 1)
         if c + STAGES < n:  # both consumers are through with this slot
-            slot, phase = _slot(c, STAGES)
+            slot = c % STAGES
             _load_block(
                 q_desc, dout_desc, lse_desc, delta_desc, q_smem, dout_smem, lse_smem, delta_smem, full, slot,
                 b, head_k * group + ahead_head, row + ahead_head, start + ahead * BLOCK_M, BLOCK_M,
@@ -208,15 +215,15 @@ def _loader_and_dq(
 
 @gluon.jit
 def _consumer(
-    w: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem,
-    kv_full, full, ds_full, ds_empty, ranges_ptr, order_ptr,
-    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+    w: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, memory, sizes, softmax_scale,
     stride_kb, stride_kt: gl.constexpr, stride_kh, stride_vb, stride_vt: gl.constexpr, stride_vh,
     stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dvb, stride_dvt: gl.constexpr, stride_dvh,
     D: gl.constexpr, DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, ALIGN: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, kv_full, full, ds_full, ds_empty = memory
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
     # registers to spare: K and V there, scores one block ahead, P kept in fp32
     SMALL: gl.constexpr = BLOCK_D <= 64 and BLOCK_DV <= 64
     HAS_LO: gl.constexpr = HAS_RIGHT or PACKED
@@ -231,15 +238,19 @@ def _consumer(
     col_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_smem.dtype
     scale = softmax_scale * LOG2E
-    tile, bh = work_item(gl.program_id(0), tiles, section, order_ptr, False, PACKED)
+    tiles = tile_count(table_ptr, tiles, PACKED)
+    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, KEYS, False, PACKED)
     b = bh // heads_k
     head_k = bh - b * heads_k
-    key = tile * KEYS
     start, blocks, edge, unmasked = block_plan(
-        key, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, True, HAS_RIGHT, HAS_LEFT, PACKED
+        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
     keys = key + w * 64 + gl.arange(0, 64, layout=row_layout)
-    lo, hi = interval(keys, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
+    lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
+    if PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
+        hi = gl.where(keys < end, hi, 0)
+        if key + KEYS > end:
+            unmasked = 0
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=s_layout)
     dk = gl.zeros([64, BLOCK_D], gl.float32, layout=dk_layout)
     dv = gl.zeros([64, BLOCK_DV], gl.float32, layout=dv_layout)
@@ -249,7 +260,7 @@ def _consumer(
         own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, operand))
         d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, operand))
         k_base = k_ptr + b.to(gl.int64) * stride_kb + head_k.to(gl.int64) * stride_kh
-        inside = (own < seqlen_k)[:, None]
+        inside = (own < end)[:, None]
         k = gl.load(
             k_base + own.to(gl.int64)[:, None] * stride_kt + d[None, :], mask=inside & (d < D)[None, :], other=0.0
         )
@@ -277,25 +288,30 @@ def _consumer(
             s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
         lse = lse_smem.index(slot).load(s_layout)
-        if HAS_LO or HAS_HI:
-            if (i < edge) | (i >= edge + unmasked):
-                m = start + i * BLOCK_M + gl.arange(0, BLOCK_M, layout=col_layout)
-                if HAS_LO:
-                    s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
-                if HAS_HI:
-                    s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+        if (i < edge) | (i >= edge + unmasked):
+            m = start + i * BLOCK_M + gl.arange(0, BLOCK_M, layout=col_layout)
+            if HAS_LO:
+                s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
+            if HAS_HI:
+                s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
         i += 1
         if i == blocks:
             i = 0
         p = gl.exp2(s * scale - lse)
-        p_half = p.to(dtype)
-        if not SMALL:
-            p_half = gl.inline_asm_elementwise(_PIN, "=r,=r,=r,=r,r,r,r,r", [p_half], p_half.dtype, False, 8)
+        if SMALL:
+            p_half = p.to(dtype)
+        elif dtype == gl.bfloat16:
+            p_half = gl.inline_asm_elementwise(_PIN_BF16, _PIN_OPERANDS, [p], gl.bfloat16, False, 8)
+        else:
+            p_half = gl.inline_asm_elementwise(_PIN_FP16, _PIN_OPERANDS, [p], gl.float16, False, 8)
         dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
         dv = warpgroup_mma(gl.convert_layout(p_half, dv_operand), dout, dv, is_async=True)
         delta = delta_smem.index(slot).load(s_layout)
         if not SMALL:
-            p = p_half.to(gl.float32)
+            if dtype == gl.bfloat16:
+                p = gl.inline_asm_elementwise(_UNPACK_BF16, "=f,=f,r", [p_half], gl.float32, True, 2)
+            else:
+                p = p_half.to(gl.float32)
         dp = warpgroup_mma_wait(1, deps=[dp])
         ds = (p * (dp - delta)).to(dtype)
         if SMALL:  # scores of the next block (of this one again at the very end)
@@ -315,29 +331,30 @@ def _consumer(
         mbarrier.arrive(ds_full.index(e), count=1)
     own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, dk_layout))
     d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, dk_layout))
-    inside = (own < seqlen_k)[:, None] & (d < D)[None, :]
+    inside = (own < end)[:, None] & (d < D)[None, :]
     dk_base = dk_ptr + b.to(gl.int64) * stride_dkb + head_k.to(gl.int64) * stride_dkh
-    gl.store(
-        dk_base + own.to(gl.int64)[:, None] * stride_dkt + d[None, :], (dk * softmax_scale).to(dtype), mask=inside
-    )
+    gl.store(dk_base + own.to(gl.int64)[:, None] * stride_dkt + d[None, :], (dk * softmax_scale).to(dtype), mask=inside)
     own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, dv_layout))
     d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, dv_layout))
-    inside = (own < seqlen_k)[:, None] & (d < DV)[None, :]
+    inside = (own < end)[:, None] & (d < DV)[None, :]
     dv_base = dv_ptr + b.to(gl.int64) * stride_dvb + head_k.to(gl.int64) * stride_dvh
     gl.store(dv_base + own.to(gl.int64)[:, None] * stride_dvt + d[None, :], dv.to(dtype), mask=inside)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_k", "group", "left", "right", "tiles", "section"])
+_VARYING = ["seqlen_q", "seqlen_k", "heads_k", "group", "left", "right", "slots", "tiles", "heads", "section"]
+
+
+@gluon.jit(do_not_specialize=_VARYING)
 def _hopper_bwd_kernel(
     q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, k_ptr, v_ptr, dk_ptr, dv_ptr,
-    ranges_ptr, order_ptr,
-    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+    ranges_ptr, table_ptr,
+    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section,
     stride_kb, stride_kt: gl.constexpr, stride_kh, stride_kd: gl.constexpr,
     stride_vb, stride_vt: gl.constexpr, stride_vh, stride_vd: gl.constexpr,
     stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dkd: gl.constexpr,
     stride_dvb, stride_dvt: gl.constexpr, stride_dvh, stride_dvd: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, ALIGN: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -362,30 +379,26 @@ def _hopper_bwd_kernel(
         mbarrier.init(ds_full.index(j), count=2)
         mbarrier.init(ds_empty.index(j), count=1)
     fence_async_shared()
+    memory = (q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, kv_full, full, ds_full, ds_empty)
+    sizes = (ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section)
     # constexprs survive only in tuples written out here
     gl.warp_specialize(
         [
             (_consumer, (
-                0, k_ptr, v_ptr, dk_ptr, dv_ptr, q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem,
-                kv_full, full, ds_full, ds_empty, ranges_ptr, order_ptr,
-                softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+                0, k_ptr, v_ptr, dk_ptr, dv_ptr, memory, sizes, softmax_scale,
                 stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                 stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
-                D, DV, BLOCK_D, BLOCK_DV, STAGES, BLOCK_M, KEYS, HAS_LEFT, HAS_RIGHT, PACKED,
+                D, DV, BLOCK_D, BLOCK_DV, STAGES, BLOCK_M, KEYS, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED,
             )),
             (_consumer, (
-                1, k_ptr, v_ptr, dk_ptr, dv_ptr, q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem,
-                kv_full, full, ds_full, ds_empty, ranges_ptr, order_ptr,
-                softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
+                1, k_ptr, v_ptr, dk_ptr, dv_ptr, memory, sizes, softmax_scale,
                 stride_kb, stride_kt, stride_kh, stride_vb, stride_vt, stride_vh,
                 stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
-                D, DV, BLOCK_D, BLOCK_DV, STAGES, BLOCK_M, KEYS, HAS_LEFT, HAS_RIGHT, PACKED,
+                D, DV, BLOCK_D, BLOCK_DV, STAGES, BLOCK_M, KEYS, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED,
             )),
             (_loader_and_dq, (
-                q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc,
-                q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, dq_smem, kv_full, full, ds_full, ds_empty,
-                ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, tiles, section,
-                BLOCK_D, STAGES, BLOCK_M, KEYS, HAS_LEFT, HAS_RIGHT, PACKED,
+                q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, dq_smem, memory, sizes,
+                BLOCK_D, STAGES, BLOCK_M, KEYS, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED,
             )),
         ],
         [4, 4],
@@ -394,11 +407,14 @@ def _hopper_bwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides) -> tuple:
+def _plan(
+    problem: Problem, segments: int, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides
+) -> tuple:
     """Constants of the three launches, and the sizes that their grids need."""
     call, mask, config = problem.call, problem.call.mask, backward_config(problem)
     q_tiles = ceil_div(problem.seqlen_q, ROWS)
-    tiles = ceil_div(problem.seqlen_k, KEYS)
+    slots = table_slots(problem.seqlen_k, segments, KEYS)
+    tiles = slots if mask.packed else ceil_div(problem.seqlen_k, KEYS)
     dims = {
         "D": call.q.shape[-1],
         "DV": call.v.shape[-1],
@@ -434,8 +450,10 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         "group": problem.heads_q // problem.heads_k,
         "left": mask.left,
         "right": mask.right,
+        "slots": slots,
         "tiles": tiles,
-        "section": section_of_heads(problem, problem.heads_k, 4 * 2**20),
+        "heads": problem.batch * problem.heads_k,
+        "section": section_of_heads(problem, problem.heads_k, BACKWARD_L2_KEYS),
         **strides("k", call.k.stride()),
         **strides("v", call.v.stride()),
         **strides("dk", dk_strides),
@@ -444,11 +462,12 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         "STAGES": config.stages,
         "BLOCK_M": BLOCK_M,
         "KEYS": KEYS,
+        "ALIGN": ALIGN,
         "HAS_LEFT": mask.left >= 0,
         "HAS_RIGHT": mask.right >= 0,
         "PACKED": mask.packed,
-        "CONSUMER_REGISTERS": config.consumer_registers,
-        "DQ_REGISTERS": config.dq_registers,
+        "CONSUMER_REGISTERS": config.registers[0],
+        "DQ_REGISTERS": config.registers[1],
         "num_warps": 4,
     }
     return q_tiles, tiles * problem.batch * problem.heads_k, prepare, main, finish
@@ -457,9 +476,10 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, dk, dv, and dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call = problem.call
+    cu = call.mask.cu_seqlens_k
     q_tiles, programs, prepare, main, finish = _plan(
-        problem, out.stride(), dout.stride(), None if dlse is None else dlse.stride(), dq.stride(), dk.stride(),
-        dv.stride(),
+        problem, 0 if cu is None else cu.numel() - 1, out.stride(), dout.stride(),
+        None if dlse is None else dlse.stride(), dq.stride(), dk.stride(), dv.stride(),
     )  # fmt: skip
     batch, heads = problem.batch, problem.heads_q
     buffer = lse.new_empty(call.q.shape)
@@ -487,7 +507,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dk_ptr=dk,
         dv_ptr=dv,
         ranges_ptr=key_ranges,
-        order_ptr=unused if ranges is None else tile_order(key_ranges, problem.seqlen_k, KEYS),
+        table_ptr=unused if ranges is None else tile_table(cu, key_ranges, problem.seqlen_k, KEYS),
         **main,
     )
     _finish_kernel[grid](buffer_ptr=buffer, dq_ptr=dq, **finish)

@@ -22,25 +22,29 @@ class ForwardConfig(NamedTuple):
     consumers: int
     block_n: int
     stages: int
-    turns: bool
-    consumer_registers: int
-    producer_registers: int
+    q_buffers: int
+    turns: bool  # consumers take turns at the tensor cores
+    registers: tuple[int, int]  # of a lane of a consumer, of the producer
 
 
 # by the larger of the padded head dimensions of q, k and of v
 _FORWARD = {
-    64: ForwardConfig(consumers=3, block_n=128, stages=3, turns=True, consumer_registers=160, producer_registers=32),
-    128: ForwardConfig(consumers=2, block_n=128, stages=2, turns=False, consumer_registers=240, producer_registers=24),
-    256: ForwardConfig(consumers=2, block_n=64, stages=2, turns=False, consumer_registers=240, producer_registers=24),
+    64: ForwardConfig(consumers=3, block_n=128, stages=3, q_buffers=2, turns=True, registers=(160, 32)),
+    128: ForwardConfig(consumers=2, block_n=128, stages=3, q_buffers=1, turns=False, registers=(240, 24)),
+    256: ForwardConfig(consumers=2, block_n=64, stages=2, q_buffers=1, turns=False, registers=(240, 24)),
 }
-_SHORT = ForwardConfig(consumers=2, block_n=128, stages=4, turns=False, consumer_registers=240, producer_registers=24)
-SHORT_SEQUENCE = 2048  # keys, where two consumers without turns win at D 64
+# packed rows at D 64: a smaller tile wastes less at the ends of segments
+_PACKED = ForwardConfig(consumers=2, block_n=128, stages=4, q_buffers=2, turns=True, registers=(240, 24))
+FORWARD_L2_BYTES = 8 * 2**20
+BACKWARD_L2_KEYS = 16384
+MIN_QUERIES = 64  # fewer leave most of a tile empty
+MIN_MEAN_SEGMENT = 256  # rows: a tile is of one segment, so shorter ones leave it half empty
 
 
 def forward_config(problem: Problem) -> ForwardConfig:
     block = max(problem.block_d, problem.block_dv, 64)
-    if block == 64 and problem.seqlen_k <= SHORT_SEQUENCE:
-        return _SHORT
+    if block == 64 and problem.call.mask.packed:
+        return _PACKED
     return _FORWARD[block]
 
 
@@ -48,14 +52,13 @@ class BackwardConfig(NamedTuple):
     """The ring of q and dout has ``stages`` slots of 64 queries."""
 
     stages: int
-    consumer_registers: int
-    dq_registers: int
+    registers: tuple[int, int]  # of a lane of a consumer, of the dq warpgroup
 
 
 MAX_FUSED_DIM = 128  # dk and dv of wider heads do not fit the registers of two consumers
 _BACKWARD = {
-    64: BackwardConfig(stages=4, consumer_registers=216, dq_registers=72),
-    128: BackwardConfig(stages=2, consumer_registers=216, dq_registers=72),
+    64: BackwardConfig(stages=4, registers=(216, 72)),
+    128: BackwardConfig(stages=2, registers=(216, 72)),
 }
 
 

@@ -3,7 +3,8 @@
 The producer warp fills a ring with K and V through the copy engine. A consumer takes the softmax of one block of
 scores, then issues the next block's scores and this block's P V together: exponentials of one warpgroup overlap the
 products of the others, which (TURNS) pass the tensor cores round by named barriers. P stays in registers. Programs are
-persistent; heavy tiles come first, in sections of heads whose keys fit L2.
+persistent, and the next block may be the first of the next tile, so the pipeline never drains; heavy tiles come first,
+in sections of heads whose keys fit L2.
 """
 
 from triton.experimental import gluon
@@ -16,10 +17,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.launch import Problem, ceil_div, planned, strides
-from .config import forward_config
+from .config import FORWARD_L2_BYTES, forward_config
 from .gluon_compat import async_load
-from .launch import multiprocessors, padded, rows_descriptor, section_of_heads, tile_order
-from .schedule import block_plan, interval, work_item
+from .launch import multiprocessors, padded, rows_descriptor, section_of_heads, table_slots, tile_table
+from .schedule import block_plan, interval, tile_count, work_item
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
@@ -44,48 +45,48 @@ def _load_pair(
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
+    q_desc, k_desc, v_desc, memory, sizes,
+    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    q_smem, k_smem, v_smem, q_full, q_empty, full, empty = memory
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section = sizes
     TILE: gl.constexpr = 64 * CONSUMERS
     c = 0
     i = 0
     v_b = 0
     v_head = 0
     v_n0 = 0
-    for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, bh = work_item(t, tiles, section, order_ptr, True, PACKED)
+    tiles = tile_count(table_ptr, tiles, PACKED)
+    for t in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
+        first, end, bh = work_item(t, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
         head_k = head // group
-        start, n, edge, unmasked = block_plan(
-            tile * TILE, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, PACKED
+        start, n, _edge, _unmasked = block_plan(
+            first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
         )
         n0 = start + (n - 1) * BLOCK_N
         _load_pair(k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, v_b, v_head, v_n0, STAGES)
         c += 1
+        buffer = i % Q_BUFFERS * CONSUMERS
         for w in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(w), (i & 1) ^ 1)
-            mbarrier.expect(q_full.index(w), q_desc.block_type.nbytes)
-            async_load(
-                q_desc, [b, head, tile * TILE + w * 64, 0], q_full.index(w), q_smem.index(w)
-            )
+            mbarrier.wait(q_empty.index(buffer + w), (i // Q_BUFFERS & 1) ^ 1)
+            mbarrier.expect(q_full.index(buffer + w), q_desc.block_type.nbytes)
+            async_load(q_desc, [b, head, first + w * 64, 0], q_full.index(buffer + w), q_smem.index(buffer + w))
         for _ in range(1, n):
             n0 -= BLOCK_N
-            _load_pair(
-                k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, b, head_k, n0 + BLOCK_N, STAGES
-            )
+            _load_pair(k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, b, head_k, n0 + BLOCK_N, STAGES)
             c += 1
         v_b = b
         v_head = head_k
         v_n0 = n0
-        i += 1
-    s = c % STAGES  # the last V
-    mbarrier.wait(empty.index(s), ((c // STAGES) & 1) ^ 1)
-    mbarrier.expect(full.index(s), v_desc.block_type.nbytes)
-    async_load(v_desc, [v_b, v_head, v_n0, 0], full.index(s), v_smem.index(s))
+        i += 1  # noqa: SIM113
+    if c > 0:  # the last V
+        s = c % STAGES
+        mbarrier.wait(empty.index(s), ((c // STAGES) & 1) ^ 1)
+        mbarrier.expect(full.index(s), v_desc.block_type.nbytes)
+        async_load(v_desc, [v_b, v_head, v_n0, 0], full.index(s), v_smem.index(s))
 
 
 @gluon.jit
@@ -153,15 +154,16 @@ def _step(
 
 @gluon.jit
 def _consumer(
-    w: gl.constexpr, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
+    w: gl.constexpr, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale,
     stride_ob, stride_ot: gl.constexpr, stride_oh,
     DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_SINK: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, TURNS: gl.constexpr,
+    HAS_SINK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
+    q_smem, k_smem, v_smem, q_full, q_empty, full, empty = memory
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, slots, tiles, heads, section = sizes
     TILE: gl.constexpr = 64 * CONSUMERS
-    HAS_LO: gl.constexpr = HAS_LEFT or PACKED
+    HAS_LO: gl.constexpr = HAS_LEFT  # all rows of a tile are of one segment
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -171,35 +173,35 @@ def _consumer(
     dtype: gl.constexpr = q_smem.dtype
     scale = softmax_scale * LOG2E
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
-    q = q_smem.index(w).reshape([64, BLOCK_D])
-    c = 0
-    i = 0
-    if TURNS:  # the turn starts with warpgroup 0 and goes round once a block
-        if w == CONSUMERS - 1:
-            _pass_turn_to(0)
+    tiles = tile_count(table_ptr, tiles, PACKED)
+    items = tiles * heads
+    if TURNS and w == CONSUMERS - 1:  # the turn starts with warpgroup 0 and goes round once a block
+        _pass_turn_to(0)
+    some = gl.program_id(0) < items
+    mbarrier.wait(q_full.index(w), 0, pred=some)
+    mbarrier.wait(full.index(0), 0, pred=some)
+    k = k_smem.index(0).reshape([BLOCK_N, BLOCK_D])
+    s = warpgroup_mma(q_smem.index(w).reshape([64, BLOCK_D]), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(empty.index(0), count=1)
+    c = 1  # slots of the ring that were used
+    i = 0  # tiles done
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        tile, bh = work_item(t, tiles, section, order_ptr, True, PACKED)
+        first, end, bh = work_item(t, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
         start, n, edge, unmasked = block_plan(
-            tile * TILE, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, False, HAS_LEFT, HAS_RIGHT, PACKED
+            first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
         )
-        token = tile * TILE + w * 64
+        token = first + w * 64
         rows = token + gl.arange(0, 64, layout=row_layout)
-        lo, hi = interval(rows, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
+        lo, hi = interval(rows, end, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
         n0 = start + (n - 1) * BLOCK_N
-
-        mbarrier.wait(q_full.index(w), i & 1)
-        mbarrier.wait(full.index(c % STAGES), (c // STAGES) & 1)
-        k = k_smem.index(c % STAGES).reshape([BLOCK_N, BLOCK_D])
-        s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s = warpgroup_mma_wait(0, deps=[s])
-        mbarrier.arrive(empty.index(c % STAGES), count=1)
-        c += 1
-        # blocks n - 1 to 1, descending; block 0 follows below
+        # s holds the scores of block n - 1. Blocks n - 1 to 1, descending; block 0 follows below
+        q = q_smem.index(i % Q_BUFFERS * CONSUMERS + w).reshape([64, BLOCK_D])
         right_edge = gl.minimum(n - edge - unmasked, n - 1)
         middle = gl.minimum(n - edge, n - 1)
         for _ in range(0, right_edge):
@@ -224,13 +226,17 @@ def _consumer(
                 )  # fmt: skip
                 c += 1
                 n0 -= BLOCK_N
-        mbarrier.arrive(q_empty.index(w), count=1)
-        p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, True, HAS_LO, BLOCK_N, col_layout)
-        acc = acc * gl.convert_layout(alpha, acc_row_layout)[:, None]
-        p = gl.convert_layout(p.to(dtype), p_layout)
-        mbarrier.wait(full.index(c % STAGES), (c // STAGES) & 1)
-        v = v_smem.index(c % STAGES).reshape([BLOCK_N, BLOCK_DV])
-        acc = warpgroup_mma(p, v, acc, use_acc=True, is_async=True)
+        mbarrier.arrive(q_empty.index(i % Q_BUFFERS * CONSUMERS + w), count=1)
+        # The last block's P V goes out with the first scores of the next tile; after the last tile these are waste.
+        i += 1  # noqa: SIM113
+        following = i % Q_BUFFERS * CONSUMERS + w
+        mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
+        q = q_smem.index(following).reshape([64, BLOCK_D])
+        s, acc, m, l = _step(
+            s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+            BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
+        )  # fmt: skip
+        c += 1
 
         # the sink joins last, in natural units, so that a row that it dominates has lse = sink exactly
         top = m * LN2
@@ -245,8 +251,7 @@ def _consumer(
         l = gl.where(nothing, 1.0, l)
         lse = gl.where(nothing, float("-inf"), top + gl.log2(l) * LN2)
         factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), acc_row_layout)
-        gl.store(lse_ptr + bh.to(gl.int64) * seqlen_q + rows, lse, mask=rows < seqlen_q)
-        acc = warpgroup_mma_wait(0, deps=[acc])
+        gl.store(lse_ptr + bh.to(gl.int64) * seqlen_q + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
         if BLOCK_DV <= 64:  # wide stores; larger heads leave no shared memory for the exchange
             store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
@@ -256,67 +261,67 @@ def _consumer(
         out_rows = token + gl.arange(0, 64, layout=gl.SliceLayout(1, store_layout))
         columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, store_layout))
         out_base = out_ptr + b.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-        mask = (out_rows < seqlen_q)[:, None]
+        mask = (out_rows < end)[:, None]
         if DV < BLOCK_DV:
             mask = mask & (columns < DV)[None, :]
         gl.store(out_base + out_rows.to(gl.int64)[:, None] * stride_ot + columns[None, :], out, mask=mask)
-        i += 1
-    if TURNS:
-        if w == 0:
-            _wait_for_turn(0)
+    if TURNS and w == 0:
+        _wait_for_turn(0)
 
 
-@gluon.jit(do_not_specialize=["seqlen_q", "seqlen_k", "heads_q", "group", "left", "right", "tiles", "items", "section"])
+_VARYING = ["seqlen_q", "seqlen_k", "heads_q", "group", "left", "right", "slots", "tiles", "heads", "section"]
+
+
+@gluon.jit(do_not_specialize=_VARYING)
 def _hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, ranges_ptr, order_ptr,
-    softmax_scale, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
+    q_desc, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, ranges_ptr, table_ptr,
+    softmax_scale, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section,
     stride_ob, stride_ot: gl.constexpr, stride_oh, stride_od: gl.constexpr,
     DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr, HAS_SINK: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
+    TURNS: gl.constexpr, HAS_SINK: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [CONSUMERS, 1, 1, 64, BLOCK_D], q_desc.layout)
+    q_smem = gl.allocate_shared_memory(dtype, [Q_BUFFERS * CONSUMERS, 1, 1, 64, BLOCK_D], q_desc.layout)
     k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], mbarrier.MBarrierLayout())
+    q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], mbarrier.MBarrierLayout())
     full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
     empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    for j in gl.static_range(CONSUMERS):
+    for j in gl.static_range(Q_BUFFERS * CONSUMERS):
         mbarrier.init(q_full.index(j), count=1)
         mbarrier.init(q_empty.index(j), count=1)
     for j in gl.static_range(STAGES):
         mbarrier.init(full.index(j), count=1)
         mbarrier.init(empty.index(j), count=CONSUMERS)
     fence_async_shared()
+    memory = (q_smem, k_smem, v_smem, q_full, q_empty, full, empty)
+    sizes = (ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section)
     # constexprs survive only in tuples written out here
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
                 (_consumer, (
-                    0, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
-                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
+                    0, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
+                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
+                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
                 (_consumer, (
-                    1, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
-                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
+                    1, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
+                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
+                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
                 (_consumer, (
-                    2, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
-                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
+                    2, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
+                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
+                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
                 (_producer, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
-                    BLOCK_N, CONSUMERS, STAGES, HAS_LEFT, HAS_RIGHT, PACKED,
+                    q_desc, k_desc, v_desc, memory, sizes, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
             ],
             [4, 4, 1],
@@ -326,21 +331,18 @@ def _hopper_fwd_kernel(
         gl.warp_specialize(
             [
                 (_consumer, (
-                    0, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
-                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
+                    0, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
+                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
+                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
                 (_consumer, (
-                    1, out_ptr, lse_ptr, sink_ptr, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, softmax_scale, seqlen_q, seqlen_k, heads_q, left, right, tiles, items, section,
-                    stride_ob, stride_ot, stride_oh, DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, TURNS, HAS_SINK,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
+                    1, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
+                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
+                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
                 (_producer, (
-                    q_desc, k_desc, v_desc, q_smem, k_smem, v_smem, q_full, q_empty, full, empty,
-                    ranges_ptr, order_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, tiles, items, section,
-                    BLOCK_N, CONSUMERS, STAGES, HAS_LEFT, HAS_RIGHT, PACKED,
+                    q_desc, k_desc, v_desc, memory, sizes, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS,
+                    HAS_LEFT, HAS_RIGHT, PACKED,
                 )),
             ],
             [4, 1],
@@ -349,12 +351,14 @@ def _hopper_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides) -> tuple:
+def _plan(problem: Problem, out_strides, segments: int) -> tuple:
     """Grid, config, rows of a tile, constants."""
     call, mask, config = problem.call, problem.call.mask, forward_config(problem)
     tile = 64 * config.consumers
-    tiles = ceil_div(problem.seqlen_q, tile)
-    items = tiles * problem.batch * problem.heads_q
+    heads = problem.batch * problem.heads_q
+    bytes_per_key = (call.k.shape[-1] + call.v.shape[-1]) * call.k.element_size()
+    slots = table_slots(problem.seqlen_q, segments, tile)
+    tiles = slots if mask.packed else ceil_div(problem.seqlen_q, tile)
     constants = {
         "softmax_scale": call.softmax_scale,
         "seqlen_q": problem.seqlen_q,
@@ -363,9 +367,10 @@ def _plan(problem: Problem, out_strides) -> tuple:
         "group": problem.heads_q // problem.heads_k,
         "left": mask.left,
         "right": mask.right,
+        "slots": slots,
         "tiles": tiles,
-        "items": items,
-        "section": section_of_heads(problem, problem.heads_q, 24 * 2**20),
+        "heads": heads,
+        "section": section_of_heads(problem, problem.heads_q, FORWARD_L2_BYTES // bytes_per_key),
         **strides("o", out_strides),
         "DV": call.v.shape[-1],
         "BLOCK_D": padded(call.q.shape[-1]),
@@ -373,22 +378,24 @@ def _plan(problem: Problem, out_strides) -> tuple:
         "BLOCK_N": config.block_n,
         "CONSUMERS": config.consumers,
         "STAGES": config.stages,
+        "Q_BUFFERS": config.q_buffers,
         "TURNS": config.turns,
         "HAS_SINK": call.sinks is not None,
         "HAS_LEFT": mask.left >= 0,
         "HAS_RIGHT": mask.right >= 0,
         "PACKED": mask.packed,
-        "CONSUMER_REGISTERS": config.consumer_registers,
-        "PRODUCER_REGISTERS": config.producer_registers,
+        "CONSUMER_REGISTERS": config.registers[0],
+        "PRODUCER_REGISTERS": config.registers[1],
         "num_warps": 4,
     }
-    return (min(items, multiprocessors(call.q.device)),), config, tile, constants
+    return (min(tiles * heads, multiprocessors(call.q.device)),), config, tile, constants
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    grid, config, tile, constants = _plan(problem, out.stride())
+    cu = call.mask.cu_seqlens_q
+    grid, config, tile, constants = _plan(problem, out.stride(), 0 if cu is None else cu.numel() - 1)
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
     _hopper_fwd_kernel[grid](
@@ -399,6 +406,6 @@ def launch_forward(problem: Problem, out, lse) -> None:
         lse_ptr=lse,
         sink_ptr=unused if problem.sinks is None else problem.sinks,
         ranges_ptr=unused if ranges is None else ranges,
-        order_ptr=unused if ranges is None else tile_order(ranges, problem.seqlen_q, tile),
+        table_ptr=unused if ranges is None else tile_table(cu, ranges, problem.seqlen_q, tile),
         **constants,
     )

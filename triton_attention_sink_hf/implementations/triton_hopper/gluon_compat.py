@@ -1,5 +1,6 @@
-"""The two copy-engine functions whose names differ between triton 3.6 and later."""
+"""What is called otherwise in triton 3.6 than in later releases."""
 
+from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
 if hasattr(tma, "async_load"):
@@ -16,3 +17,6 @@ else:
         """Add a tile in shared memory to memory: Gluon 3.6 binds the reduction without exporting it."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
+
+
+thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton.launch import Problem, ceil_div, next_power_of_2
-from .schedule import _tile_order_kernel
+from .schedule import _tile_table_kernel
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -34,27 +34,37 @@ def rows_descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorD
     return TensorDescriptor(x, [b, h, t, d], [stride_b, stride_h, stride_t, stride_d], block, layout)
 
 
-def section_of_heads(problem: Problem, heads: int, budget: int) -> int:
-    """How many of B * ``heads`` to work on side by side: a power of two times a group whose K and V take ``budget``
-    bytes of L2 at most, and a divisor of them all."""
-    call, total = problem.call, problem.batch * heads
-    per_key_head = problem.seqlen_k * (call.k.shape[-1] + call.v.shape[-1]) * call.k.element_size()
-    group = heads // problem.heads_k
+def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
+    """How many of B * ``heads`` to work on side by side, so that L2 serves what they share.
+
+    A divisor of them all, and a power of two times a group, of which the key heads have at most ``keys`` keys in all.
+    """
+    total, group = problem.batch * heads, heads // problem.heads_k
     section = group
-    while total % (section * 2) == 0 and section * 2 // group * per_key_head <= budget:
+    while total % (section * 2) == 0 and section * 2 // group * problem.seqlen_k <= keys:
         section *= 2
     return section
 
 
-def tile_order(ranges: Tensor, rows: int, tile: int) -> Tensor:
-    """int32 tiles of packed rows, most visible scores first, without a host synchronisation."""
-    tiles = ceil_div(rows, tile)
-    order = torch.empty(tiles, dtype=torch.int32, device=ranges.device)
-    block = 128
-    _tile_order_kernel[(ceil_div(tiles, block),)](
-        ranges_ptr=ranges, order_ptr=order, n_own=rows, tiles=tiles, TILE=tile, BLOCK=block
-    )
-    return order
+def table_slots(rows: int, segments: int, tile: int) -> int:
+    """Upper bound of the tiles of packed rows."""
+    return rows // tile + segments + 1
+
+
+def tile_table(cu_seqlens: Tensor, ranges: Tensor, rows: int, tile: int) -> Tensor:
+    """Tiles of packed rows, none over two segments, most visible scores first, without a host synchronisation.
+
+    int32 (1 + 2 slots): their number, their first rows, the ends of their segments.
+    """
+    segments = cu_seqlens.numel() - 1
+    slots = table_slots(rows, segments, tile)
+    table = torch.empty(1 + 2 * slots, dtype=torch.int32, device=ranges.device)
+    block = 64
+    _tile_table_kernel[(ceil_div(slots, block),)](
+        table_ptr=table, cu_ptr=cu_seqlens.contiguous(), ranges_ptr=ranges, n_segments=segments, n_rows=rows,
+        slots=slots, search_steps=segments.bit_length(), TILE=tile, BLOCK=block,
+    )  # fmt: skip
+    return table
 
 
 @functools.cache

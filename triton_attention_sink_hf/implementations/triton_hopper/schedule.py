@@ -7,27 +7,46 @@ from triton.experimental.gluon import language as gl
 
 
 @gluon.jit
-def work_item(t, tiles, section, order_ptr, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr):
-    """(tile, head of the batch) of item t: in a section of heads, whose keys fit L2, heavy tiles come first."""
+def tile_count(table_ptr, tiles, PACKED: gl.constexpr):
+    """Tiles of a head: of packed rows only the device knows, and the host's count is an upper bound."""
+    if PACKED:
+        return gl.load(table_ptr)
+    return tiles
+
+
+@gluon.jit
+def work_item(
+    t, table_ptr, slots, tiles, heads, rows, section, TILE: gl.constexpr, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr
+):
+    """(first row, end of rows, head of the batch) of item t. Packed items past the last begin and end at ``rows``.
+
+    Heavy tiles come first in a section of heads, whose keys fit L2.
+    """
     per_section = tiles * section
     s = t // per_section
     r = t - s * per_section
     j = r // section
-    tile = j
+    head = s * section + r - j * section
     if PACKED:
-        tile = gl.load(order_ptr + j)
-    elif LAST_FIRST:
-        tile = tiles - 1 - j
-    return tile, s * section + r - j * section
+        surplus = t >= tiles * heads
+        first = gl.where(surplus, rows, gl.load(table_ptr + 1 + j))
+        end = gl.where(surplus, rows, gl.load(table_ptr + 1 + slots + j))
+        head = gl.where(surplus, 0, head)
+    else:
+        if LAST_FIRST:
+            j = tiles - 1 - j
+        first = j * TILE
+        end = rows
+    return first, end, head
 
 
 @gluon.jit
 def interval(
-    i, ranges_ptr, n_own, n_other, before, after,
+    i, end, ranges_ptr, n_own, n_other, before, after,
     HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """[lo, hi) of the other side's rows for rows ``i``; rows past the last are as the last one."""
-    i = gl.minimum(i, n_own - 1)
+    """[lo, hi) of the other side's rows for rows ``i``; rows from ``end`` on are as the last one before."""
+    i = gl.minimum(i, end - 1)
     if PACKED:
         return gl.load(ranges_ptr + i), gl.load(ranges_ptr + n_own + i)
     lo = i * 0
@@ -41,22 +60,20 @@ def interval(
 
 @gluon.jit
 def block_plan(
-    first, ranges_ptr, n_own, n_other, before, after,
-    TILE: gl.constexpr, STEP: gl.constexpr, ALIGNED: gl.constexpr,
+    first, end, ranges_ptr, n_own, n_other, before, after,
+    TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
     HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     """Blocks of STEP rows that cover the intervals of rows [first, first + TILE): (start, n, edge, full).
 
     Blocks edge to edge + full lie in the intervals of all rows and need no mask. At least one block, so that every
-    tile runs the same pipeline. ALIGNED: start is a multiple of STEP.
+    tile runs the same pipeline. ``start`` is a multiple of ALIGN.
     """
-    lo_first, hi_first = interval(first, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
+    lo_first, hi_first = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
     lo_last, hi_last = interval(
-        first + TILE - 1, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
+        first + TILE - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
     )
-    start = lo_first
-    if ALIGNED:
-        start = lo_first // STEP * STEP
+    start = lo_first // ALIGN * ALIGN
     n = gl.maximum((hi_last - start + STEP - 1) // STEP, 1)
     edge = gl.minimum((lo_last - start + STEP - 1) // STEP, n)
     full = gl.maximum(gl.minimum((hi_first - start) // STEP, n) - edge, 0)
@@ -64,22 +81,53 @@ def block_plan(
 
 
 @triton.jit
-def _tile_order_kernel(ranges_ptr, order_ptr, n_own, tiles, TILE: tl.constexpr, BLOCK: tl.constexpr):
-    """order[rank] = tile, most work first: each program ranks BLOCK tiles by counting those before them."""
+def _tile_table_kernel(
+    table_ptr, cu_ptr, ranges_ptr, n_segments, n_rows, slots, search_steps, TILE: tl.constexpr, BLOCK: tl.constexpr
+):  # fmt: skip
+    """table (1 + 2 slots): how many tiles there are, then their first rows, then where their segments end.
+
+    Most work first: each program ranks BLOCK tiles by counting those before them.
+    """
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    work = _tile_work(ranges_ptr, mine, n_own, TILE)
+    first, end, work = _slot_tile(mine, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE)
     rank = tl.zeros([BLOCK], tl.int32)
-    for first in range(0, tiles, BLOCK):
-        other = first + tl.arange(0, BLOCK)
-        theirs = _tile_work(ranges_ptr, other, n_own, TILE)
-        more = theirs[None, :] > work[:, None]
-        earlier = (theirs[None, :] == work[:, None]) & (other[None, :] < mine[:, None])
-        rank += tl.sum(((more | earlier) & (other < tiles)[None, :]).to(tl.int32), 1)
-    tl.store(order_ptr + rank, mine, mask=mine < tiles)
+    count = tl.zeros([BLOCK], tl.int32)
+    for start in range(0, slots, BLOCK):
+        other = start + tl.arange(0, BLOCK)
+        _, _, theirs = _slot_tile(other, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE)
+        before = (theirs[None, :] > work[:, None]) | (
+            (theirs[None, :] == work[:, None]) & (other[None, :] < mine[:, None])
+        )
+        rank += tl.sum((before & (other < slots)[None, :]).to(tl.int32), 1)
+        count += ((theirs > 0) & (other < slots)).to(tl.int32)
+    tl.store(table_ptr + 1 + rank, first, mask=mine < slots)
+    tl.store(table_ptr + 1 + slots + rank, end, mask=mine < slots)
+    if tl.program_id(0) == 0:
+        tl.store(table_ptr, tl.sum(count, 0))
 
 
 @triton.jit
-def _tile_work(ranges_ptr, tile, n_own, TILE: tl.constexpr):
-    lo = tl.load(ranges_ptr + tl.minimum(tile * TILE, n_own - 1))
-    hi = tl.load(ranges_ptr + n_own + tl.minimum(tile * TILE + TILE - 1, n_own - 1))
-    return hi - lo
+def _slot_tile(slot, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE: tl.constexpr):
+    """First row, end of the segment and work of the tile in a slot; n_rows, n_rows and 0 if there is none.
+
+    Tile t of segment s has slot cu[s] // TILE + s + t, which no other tile has, so no prefix sum is needed; some slots
+    stay empty. Rows after the last segment form one more. Whatever cu_seqlens hold, rows lie in [0, n_rows].
+    """
+    low = slot * 0  # the last segment whose first slot is not past this one
+    high = slot * 0 + n_segments
+    for _ in range(search_steps):
+        middle = (low + high + 1) // 2
+        start = tl.minimum(tl.maximum(tl.load(cu_ptr + middle), 0), n_rows)
+        after = start // TILE + middle > slot
+        low = tl.where(after, low, middle)
+        high = tl.where(after, middle - 1, high)
+    start = tl.minimum(tl.maximum(tl.load(cu_ptr + low), 0), n_rows)
+    last = low == n_segments
+    end = tl.where(last, n_rows, tl.load(cu_ptr + tl.minimum(low + 1, n_segments)))
+    end = tl.minimum(tl.maximum(end, start), n_rows)
+    first = start + tl.maximum(slot - start // TILE - low, 0) * TILE
+    filled = first < end
+    lo = tl.load(ranges_ptr + first, mask=filled, other=0)
+    hi = tl.load(ranges_ptr + n_rows + tl.minimum(first + TILE, end) - 1, mask=filled, other=0)
+    work = tl.where(filled, tl.maximum(hi - lo, 0) + 1, 0)
+    return tl.where(filled, first, n_rows), tl.where(filled, end, n_rows), work
