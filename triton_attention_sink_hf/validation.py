@@ -32,7 +32,7 @@ def check_call(
 ) -> None:
     """Raise TypeError or ValueError, "NAME must be X, got Y", for a call that no implementation could honour."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check_tensors(q, k, v, packed)
+    check_qkv(q, k, v, packed)
     batch, heads, seqlen_k = (1 if packed else q.shape[0]), q.shape[-2], k.shape[-3]
     if sinks is not None:
         _check_tensor("sinks", sinks, q.device)
@@ -79,7 +79,8 @@ def _check_tensor(name: str, value: object, device: torch.device | None = None) 
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """The part of ``check_call`` that concerns q, k and v alone: dtypes, devices, shapes, heads."""
     layout = "(T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, None if name == "q" else q.device)
