@@ -53,7 +53,7 @@ def start_actors(models: Path, out: Path, cases: list, world_size: int = 1) -> l
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {
-        "PYTHONPATH": str(DEMO),
+        "PYTHONPATH": os.pathsep.join([str(DEMO), str(ROOT)]),
         "VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",
@@ -75,9 +75,25 @@ def start_actors(models: Path, out: Path, cases: list, world_size: int = 1) -> l
 def distances(models, tmp_path_factory):
     """Case name -> distances of verl's actor from eager, one sample at a time."""
     out = tmp_path_factory.mktemp("actor") / "distances.json"
-    (process,) = start_actors(models, out, list(verl_actor.CASES.values()))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    return measured(models, out, [*verl_actor.EXACT, verl_actor.MIXES_SAMPLES, verl_actor.FREEZES_SINKS])
+
+
+@pytest.fixture(scope="module")
+def sharded_distances(models, tmp_path_factory):
+    """The same with Ulysses sequence parallelism over two ranks."""
+    out = tmp_path_factory.mktemp("actors") / "distances.json"
+    return measured(models, out, [*verl_actor.SHARDED, verl_actor.TAKES_SHARDS_FOR_ROWS], world_size=2)
+
+
+def measured(models: Path, out: Path, cases: list, world_size: int = 1) -> dict:
+    processes = start_actors(models, out, cases, world_size)
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
     return json.loads(out.read_text())
 
 
@@ -105,17 +121,17 @@ def sinks(found: dict) -> list[str]:
     return [name for name in found["gradients"] if name.endswith("sinks")]
 
 
-def test_sequence_parallelism_is_refused_on_every_rank(models, tmp_path):
-    packed = verl_actor.Case("gpt_oss", verl_actor.OURS, packed=True)
-    processes = start_actors(models, tmp_path / "none.json", [packed], world_size=2)
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode != 0
-            assert "NotImplementedError: ulysses_sequence_parallel_size must be 1" in output
-    finally:
-        for process in processes:
-            process.kill()
+@pytest.mark.parametrize("case", verl_actor.SHARDED, ids=lambda case: case.name)
+def test_two_actors_with_ulysses_equal_eager_sample_by_sample(sharded_distances, case):
+    found = sharded_distances[case.name]
+    assert found["log_probs"] <= TOLERANCE
+    assert max(found["gradients"].values()) <= TOLERANCE, found["gradients"]
+
+
+def test_the_criterion_sees_shards_taken_for_rows(sharded_distances):
+    found = sharded_distances[verl_actor.TAKES_SHARDS_FOR_ROWS.name]
+    assert found["log_probs"] > 1e3 * TOLERANCE
+    assert all(found["gradients"][name] > 1e3 * TOLERANCE for name in sinks(found))
 
 
 @pytest.mark.slow
