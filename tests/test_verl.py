@@ -135,12 +135,12 @@ def test_the_criterion_sees_shards_taken_for_rows(sharded_distances):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["name", "path"])
-def test_main_ppo_by_one_config_line(demo, tmp_path, by):
+@pytest.mark.parametrize("by, ranks", [("name", 1), ("path", 1), ("name", 2)])
+def test_main_ppo_by_one_config_line(demo, tmp_path, by, ranks):
     """The unmodified trainer, in a folder with a space; the package comes in by its entry point."""
     package = Path(importlib.util.find_spec("triton_attention_sink_hf").origin).parent
     attention = {"name": "triton_attention_sink", "path": str(package)}[by]
-    run = prepared(demo, demo.main_ppo.Run(attention, steps=1, folder=tmp_path / "a run"))
+    run = prepared(demo, demo.main_ppo.Run(attention, steps=1, folder=tmp_path / "a run", ranks=ranks))
     with demo.main_ppo.started(run) as process:
         returncode = process.wait(timeout=600)
     assert returncode == 0, run.log.read_text()[-5000:]
@@ -148,7 +148,8 @@ def test_main_ppo_by_one_config_line(demo, tmp_path, by):
     assert report.failures == []
     function = "triton_attention_sink_hf.flash_attention_triton_sink.attention_forward"
     assert report.attentions == {(attention, function)}
-    assert report.samples_in_row == 8
+    assert report.ranks == {ranks}
+    assert report.samples_in_row == 8 if ranks == 1 else 2 <= report.samples_in_row < 8
 
 
 def test_no_process_outlives_an_aborted_run(demo, tmp_path):
@@ -177,6 +178,7 @@ OURS = {
     "function": "triton_attention_sink_hf.flash_attention_triton_sink.attention_forward",
     "training": True,
     "samples_in_row": 8,
+    "ranks": 1,
     "calls": 4,
 }
 
@@ -189,6 +191,7 @@ OURS = {
         ({"attention": {"function": "other.attention_forward"}}, "attention in the worker must be"),
         ({"attention": {"samples_in_row": 1}}, "packed rows must hold several samples"),
         ({"attention": {"training": False}}, "must call attention while training"),
+        ({"attention": {"ranks": 2}}, "rows must be shared by 1 ranks, got"),
         ({"diff": 2e-5}, "probabilities of trainer and rollout must agree"),
         ({"diff": float("nan")}, "probabilities of trainer and rollout must agree"),
         ({"move": 0.0}, "must move"),
