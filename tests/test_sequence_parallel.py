@@ -22,21 +22,29 @@ from triton_attention_sink_hf.integrations.sequence_parallel import active_group
 ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
 
+pytestmark = pytest.mark.xdist_group("sequence_parallel")  # one worker: the ranks run once
+
+
+def free_port() -> int:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]
+
+
+def environment() -> dict[str, str]:
+    """For processes that import this checkout and compute without Triton's interpreter."""
+    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
+
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
     """Case name -> distances from the truth, the largest over four ranks."""
     pytest.importorskip("transformers")
     out = tmp_path_factory.mktemp("ranks") / "distances.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | {
-        "PYTHONPATH": str(ROOT),
-        "OMP_NUM_THREADS": "1",
-        "HF_HUB_OFFLINE": "1",
+    env = environment() | {
         "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
+        "MASTER_PORT": str(free_port()),
         "WORLD_SIZE": str(ranks.WORLD),
     }
     processes = [
@@ -90,6 +98,18 @@ def test_compiled_as_one_graph(measured):
     found = measured["compiled-sp2"]
     assert found.pop("whole") > 0.1  # the graph compiled outside was not used inside
     assert max(found.values()) <= TOLERANCE, found
+
+
+def test_the_benchmark_for_two_gpus_runs_small_on_two_processes(tmp_path):
+    pytest.importorskip("transformers")
+    out = tmp_path / "two-gpus.json"
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
+    command = [*torchrun, "--master-port", str(free_port())]
+    command += [ROOT / "benchmarks" / "two_gpus.py", "--smoke", "--trainer", "fsdp2", "--out", out]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stdout + done.stderr
+    found = json.loads(out.read_text())["sp"]
+    assert [found[sp]["all_to_alls_per_step"] for sp in ("1", "2")] == [0, 24]  # 2 layers, 2 rows, 3 passes
 
 
 @pytest.fixture
