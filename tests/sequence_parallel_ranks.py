@@ -10,16 +10,19 @@ from __future__ import annotations
 import json
 import sys
 from collections import Counter
-from contextlib import nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
+from types import ModuleType, SimpleNamespace
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 from torch.nn.functional import pad
+
+VERL = ModuleType("verl.utils.ulysses")  # a stand-in
+VERL.get_ulysses_sequence_parallel_group = lambda: VERL.group
 
 WORLD = 4
 ROW = 48  # cut at 24, or at 12, 24 and 36
@@ -245,15 +248,25 @@ def measure_autocast(size: int, groups: dict[int, dist.ProcessGroup]) -> dict:
     return {"out": distance(out, whole[:, own])}
 
 
-def measure_compiled(size: int, groups: dict[int, dist.ProcessGroup]) -> dict:
-    """attention_forward as one graph, which has run without sequence parallelism first."""
-    from triton_attention_sink_hf import sequence_parallel
+@contextmanager
+def as_verl(group: dist.ProcessGroup | None):
+    """verl.utils.ulysses as far as attention looks at it, with this group inside the block."""
+    sys.modules[VERL.__name__] = VERL
+    VERL.group = group
+    try:
+        yield
+    finally:
+        VERL.group = None
+
+
+def measure_compiled(how, groups: dict[int, dist.ProcessGroup]) -> dict:
+    """attention_forward as one graph, which has run without sequence parallelism first. how: sets the group."""
     from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward
 
     generator = torch.Generator().manual_seed(7 + dist.get_rank())
     q, k, v = (torch.randn(1, heads, 12, 16, generator=generator, requires_grad=True) for heads in (8, 2, 2))
     sinks = torch.randn(8, generator=generator, requires_grad=True)
-    positions = torch.arange(12)[None] + 12 * dist.get_rank(groups[size])
+    positions = torch.arange(12)[None] + 12 * dist.get_rank(groups[2])
     module = SimpleNamespace(is_causal=True, training=True)
 
     def run(forward):
@@ -261,8 +274,9 @@ def measure_compiled(size: int, groups: dict[int, dist.ProcessGroup]) -> dict:
         return out.detach(), *torch.autograd.grad(out.square().sum(), (q, k, v, sinks))
 
     compiled = torch.compile(attention_forward, backend="eager", fullgraph=True)
-    whole = run(compiled)
-    with sequence_parallel(groups[size]):
+    with how(None) if how is as_verl else nullcontext():
+        whole = run(compiled)
+    with how(groups[2]):
         want, got = run(attention_forward), run(compiled)
     distances = dict(zip(("out", "dq", "dk", "dv", "dsinks"), map(distance, got, want), strict=True))
     return distances | {"whole": distance(whole[0], want[0])}
@@ -307,7 +321,7 @@ def worst(found: list[dict]) -> dict:
 
 
 def main(out: Path) -> None:
-    import triton_attention_sink_hf  # noqa: F401  registers the attention
+    import triton_attention_sink_hf
 
     torch.set_num_threads(1)
     dist.init_process_group("gloo")
@@ -317,7 +331,9 @@ def main(out: Path) -> None:
     results = {}
     runs = [(case.name, measure, case) for case in (*EXACT, *ALONE)]
     runs += [(f"function-sp{size}", measure_function, size) for size in (2, 4)]
-    runs += [("autocast-sp4", measure_autocast, 4), ("compiled-sp2", measure_compiled, 2)]
+    runs += [("autocast-sp4", measure_autocast, 4)]
+    hooks = {"hook": triton_attention_sink_hf.sequence_parallel, "verl": as_verl}
+    runs += [(f"compiled-{name}", measure_compiled, how) for name, how in hooks.items()]
     for name, run, argument in runs:
         found = [None] * WORLD
         dist.all_gather_object(found, run(argument, groups))

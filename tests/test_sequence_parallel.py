@@ -94,8 +94,9 @@ def test_autocast_unifies_the_dtypes_before_the_exchange(measured):
     assert measured["autocast-sp4"]["out"] <= 1e-2
 
 
-def test_compiled_as_one_graph(measured):
-    found = measured["compiled-sp2"]
+@pytest.mark.parametrize("group", ["hook", "verl"])
+def test_compiled_as_one_graph(measured, group):
+    found = dict(measured[f"compiled-{group}"])
     assert found.pop("whole") > 0.1  # the graph compiled outside was not used inside
     assert max(found.values()) <= TOLERANCE, found
 

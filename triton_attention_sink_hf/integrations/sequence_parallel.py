@@ -80,9 +80,8 @@ def active_group(rows: Tensor | None) -> dist.ProcessGroup | None:
     return group if group is not None and dist.get_world_size(group) > 1 else None
 
 
-@torch.compiler.assume_constant_result
 def _verl_group() -> dist.ProcessGroup | None:
-    """verl's Ulysses group. Looks at verl only if the process has loaded it already."""
+    """verl's Ulysses group, None if the process has not loaded verl. torch.compile traces this, and guards on both."""
     ulysses = sys.modules.get("verl.utils.ulysses")
     return ulysses.get_ulysses_sequence_parallel_group() if ulysses is not None else None
 
