@@ -165,6 +165,13 @@ def test_what_could_not_be_right_is_refused_before_any_exchange(group, arguments
         call(**arguments)
 
 
+def test_what_only_a_gpu_knows_is_asserted_there(group, monkeypatch):
+    cu = torch.tensor([0, 6])
+    monkeypatch.setattr(internals, "readable", lambda x: False)
+    with pytest.raises(RuntimeError, match="cu_seq_lens_q must end at the 24 rows of all ranks together"):
+        call(cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+
+
 def test_the_same_call_gets_as_far_as_the_exchange(group):
     with pytest.raises(AssertionError, match="a collective was called"):
         call()

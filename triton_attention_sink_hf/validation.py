@@ -66,7 +66,7 @@ def check_call(
         _check_int32_vector("seqused_k", seqused_k, q.device)
         if seqused_k.shape[0] != batch:
             raise ValueError(f"seqused_k must be (B,) = ({batch},), got {tuple(seqused_k.shape)}")
-        if _readable(seqused_k):
+        if readable(seqused_k):
             low, high = int(seqused_k.min()), int(seqused_k.max())
             if low < 0 or high > seqlen_k:
                 raise ValueError(f"seqused_k must be between 0 and Sk = {seqlen_k}, got {low}..{high}")
@@ -142,7 +142,7 @@ def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
             isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt, Tensor))
         ):
             raise TypeError(f"max_seqlen_{side} must be an int, got {max_seqlen!r}")
-        if not _readable(cu):
+        if not readable(cu):
             continue
         lengths = cu.diff()
         if int(cu[0]) != 0:
@@ -159,7 +159,7 @@ def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
         )
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether reading x's values costs no device synchronisation, or the user asked for the checks anyway."""
     if torch.compiler.is_compiling():
         return False

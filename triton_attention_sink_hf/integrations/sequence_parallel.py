@@ -20,7 +20,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..validation import check_qkv
+from ..validation import check_qkv, readable
 from .segments import once
 
 _GROUPS: list[dist.ProcessGroup] = []  # innermost last; no context variable: backward runs in threads of its own
@@ -112,8 +112,8 @@ def check_shards(
         q, k, v: this rank's rows, (B, S, H, D). The others: as ``attention_forward`` got them.
 
     Raises:
-        ValueError, TypeError: the argument, named. The last entry of cu_seq_lens_* on a GPU is checked there, without
-        waiting for it.
+        ValueError, TypeError: the argument, named. The last entry of cu_seq_lens_* on a GPU is asserted there, without
+        waiting for it (TRITON_ATTENTION_SINK_CHECK=1 reads it instead).
     """
     check_qkv(q, k, v, packed=False)
     n, seqlen = dist.get_world_size(group), q.shape[1]
@@ -150,7 +150,7 @@ def check_shards(
 
 def _check_span(name: str, cu: Tensor, total: int) -> None:
     message = f"{name} must end at the {total} rows of all ranks together"
-    if cu.device.type != "cpu" or torch.compiler.is_compiling():
+    if not readable(cu):
         torch._assert_async(cu[-1] == total, message)
     elif int(cu[-1]) != total:
         raise ValueError(f"{message}, got {int(cu[-1])}")
