@@ -9,6 +9,8 @@ CONSTRAINTS ?= constraints.txt
 # value of attn_implementation in the demo; "path" stands for the absolute path of triton_attention_sink_hf
 ATTN ?= triton_attention_sink
 STEPS ?= 3
+# ranks that share every row of the demo (Ulysses sequence parallelism)
+SP ?= 1
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
@@ -17,7 +19,7 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRA
 
 .PHONY: help demo test lint gpu-test bench clean
 help:
-	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3)"
+	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make gpu-test  the tests that need a GPU, with the current Python"
@@ -25,7 +27,7 @@ help:
 	@echo "make clean     remove .venv and the outputs"
 
 demo: $(VENV)/installed
-	@$(VENV)/bin/python examples/verl/cpu/demo.py --attn "$(ATTN)" --steps $(STEPS)
+	@$(VENV)/bin/python examples/verl/cpu/demo.py --attn "$(ATTN)" --steps $(STEPS) --sp "$(SP)"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu and not exhaustive" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)

@@ -1,15 +1,12 @@
 """Cutting packed rows: the starts found, the static size, and what is remembered between the layers of a forward."""
 
 import gc
-import sys
-from types import SimpleNamespace
 
 import pytest
 import torch
 
 from triton_attention_sink_hf.integrations import segments
 from triton_attention_sink_hf.integrations.segments import cu_seqlens_from_position_ids, once
-from triton_attention_sink_hf.integrations.sequence_parallel import refuse_sequence_parallel
 
 
 def cut(position_ids, batch=None, seqlen=None):
@@ -117,25 +114,3 @@ def test_nothing_is_remembered_while_a_graph_is_captured(monkeypatch):
     once(tensor, "key", lambda: calls.append(0))
     once(tensor, "key", lambda: calls.append(0))
     assert len(calls) == 3
-
-
-def test_no_sequence_parallelism_without_verl(monkeypatch):
-    monkeypatch.delitem(sys.modules, "verl.utils.ulysses", raising=False)
-    refuse_sequence_parallel()
-    monkeypatch.setitem(
-        sys.modules, "verl.utils.ulysses", SimpleNamespace(get_ulysses_sequence_parallel_group=lambda: None)
-    )
-    refuse_sequence_parallel()
-
-
-@pytest.mark.parametrize("size", [1, 2])
-def test_ulysses_is_refused(monkeypatch, size):
-    group = object()
-    fake = SimpleNamespace(get_ulysses_sequence_parallel_group=lambda: group)
-    monkeypatch.setitem(sys.modules, "verl.utils.ulysses", fake)
-    monkeypatch.setattr(torch.distributed, "get_world_size", {group: size}.get)
-    if size == 1:
-        refuse_sequence_parallel()
-        return
-    with pytest.raises(NotImplementedError, match=r"ulysses_sequence_parallel_size must be 1 .*, got 2"):
-        refuse_sequence_parallel()

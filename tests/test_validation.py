@@ -178,12 +178,12 @@ class _Unreadable(torch.Tensor):
 
 @pytest.mark.parametrize("checked", [False, True])
 def test_values_on_a_gpu_are_read_only_when_asked(monkeypatch, checked):
-    from triton_attention_sink_hf.validation import CHECK_VARIABLE, _readable
+    from triton_attention_sink_hf.validation import CHECK_VARIABLE, readable
 
     assert CHECK_VARIABLE == "TRITON_ATTENTION_SINK_CHECK"
     monkeypatch.setenv(CHECK_VARIABLE, "1" if checked else "0")
-    assert _readable(_ints(0, 1))
-    assert _readable(_ints(0, 1).as_subclass(_Unreadable)) is checked
+    assert readable(_ints(0, 1))
+    assert readable(_ints(0, 1).as_subclass(_Unreadable)) is checked
 
 
 def test_errors_do_not_depend_on_assertions():

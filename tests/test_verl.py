@@ -53,7 +53,7 @@ def start_actors(models: Path, out: Path, cases: list, world_size: int = 1) -> l
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
     env = os.environ | {
-        "PYTHONPATH": str(DEMO),
+        "PYTHONPATH": os.pathsep.join([str(DEMO), str(ROOT)]),
         "VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform",
         "VERL_PLATFORM": "cpu",
         "VERL_ENGINE_DEVICE": "cuda",
@@ -75,9 +75,25 @@ def start_actors(models: Path, out: Path, cases: list, world_size: int = 1) -> l
 def distances(models, tmp_path_factory):
     """Case name -> distances of verl's actor from eager, one sample at a time."""
     out = tmp_path_factory.mktemp("actor") / "distances.json"
-    (process,) = start_actors(models, out, list(verl_actor.CASES.values()))
-    output, _ = process.communicate(timeout=300)
-    assert process.returncode == 0, output
+    return measured(models, out, [*verl_actor.EXACT, verl_actor.MIXES_SAMPLES, verl_actor.FREEZES_SINKS])
+
+
+@pytest.fixture(scope="module")
+def sharded_distances(models, tmp_path_factory):
+    """The same with Ulysses sequence parallelism over two ranks."""
+    out = tmp_path_factory.mktemp("actors") / "distances.json"
+    return measured(models, out, [*verl_actor.SHARDED, verl_actor.TAKES_SHARDS_FOR_ROWS], world_size=2)
+
+
+def measured(models: Path, out: Path, cases: list, world_size: int = 1) -> dict:
+    processes = start_actors(models, out, cases, world_size)
+    try:
+        for process in processes:
+            output, _ = process.communicate(timeout=300)
+            assert process.returncode == 0, output
+    finally:
+        for process in processes:
+            process.kill()
     return json.loads(out.read_text())
 
 
@@ -105,26 +121,26 @@ def sinks(found: dict) -> list[str]:
     return [name for name in found["gradients"] if name.endswith("sinks")]
 
 
-def test_sequence_parallelism_is_refused_on_every_rank(models, tmp_path):
-    packed = verl_actor.Case("gpt_oss", verl_actor.OURS, packed=True)
-    processes = start_actors(models, tmp_path / "none.json", [packed], world_size=2)
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode != 0
-            assert "NotImplementedError: ulysses_sequence_parallel_size must be 1" in output
-    finally:
-        for process in processes:
-            process.kill()
+@pytest.mark.parametrize("case", verl_actor.SHARDED, ids=lambda case: case.name)
+def test_two_actors_with_ulysses_equal_eager_sample_by_sample(sharded_distances, case):
+    found = sharded_distances[case.name]
+    assert found["log_probs"] <= TOLERANCE
+    assert max(found["gradients"].values()) <= TOLERANCE, found["gradients"]
+
+
+def test_the_criterion_sees_shards_taken_for_rows(sharded_distances):
+    found = sharded_distances[verl_actor.TAKES_SHARDS_FOR_ROWS.name]
+    assert found["log_probs"] > 1e3 * TOLERANCE
+    assert all(found["gradients"][name] > 1e3 * TOLERANCE for name in sinks(found))
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by", ["name", "path"])
-def test_main_ppo_by_one_config_line(demo, tmp_path, by):
+@pytest.mark.parametrize("by, ranks", [("name", 1), ("path", 1), ("name", 2)])
+def test_main_ppo_by_one_config_line(demo, tmp_path, by, ranks):
     """The unmodified trainer, in a folder with a space; the package comes in by its entry point."""
     package = Path(importlib.util.find_spec("triton_attention_sink_hf").origin).parent
     attention = {"name": "triton_attention_sink", "path": str(package)}[by]
-    run = prepared(demo, demo.main_ppo.Run(attention, steps=1, folder=tmp_path / "a run"))
+    run = prepared(demo, demo.main_ppo.Run(attention, steps=1, folder=tmp_path / "a run", ranks=ranks))
     with demo.main_ppo.started(run) as process:
         returncode = process.wait(timeout=600)
     assert returncode == 0, run.log.read_text()[-5000:]
@@ -132,7 +148,8 @@ def test_main_ppo_by_one_config_line(demo, tmp_path, by):
     assert report.failures == []
     function = "triton_attention_sink_hf.flash_attention_triton_sink.attention_forward"
     assert report.attentions == {(attention, function)}
-    assert report.samples_in_row == 8
+    assert report.ranks == {ranks}
+    assert report.samples_in_row == 8 if ranks == 1 else 2 <= report.samples_in_row < 8
 
 
 def test_no_process_outlives_an_aborted_run(demo, tmp_path):
@@ -161,6 +178,7 @@ OURS = {
     "function": "triton_attention_sink_hf.flash_attention_triton_sink.attention_forward",
     "training": True,
     "samples_in_row": 8,
+    "ranks": 1,
     "calls": 4,
 }
 
@@ -173,6 +191,7 @@ OURS = {
         ({"attention": {"function": "other.attention_forward"}}, "attention in the worker must be"),
         ({"attention": {"samples_in_row": 1}}, "packed rows must hold several samples"),
         ({"attention": {"training": False}}, "must call attention while training"),
+        ({"attention": {"ranks": 2}}, "rows must be shared by 1 ranks, got"),
         ({"diff": 2e-5}, "probabilities of trainer and rollout must agree"),
         ({"diff": float("nan")}, "probabilities of trainer and rollout must agree"),
         ({"move": 0.0}, "must move"),

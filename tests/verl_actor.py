@@ -3,7 +3,7 @@
 Run by test_verl.py in processes of their own, which own the process group: ``python verl_actor.py MODELS OUT CASE...``
 with the folder that holds the tiny models. It builds the worker that main_ppo builds (``TrainingWorker`` with FSDP2,
 fp32, gloo), and writes for every case the distance of its log-probs and of every parameter's gradient from the truth.
-With more than one rank (``WORLD_SIZE``), verl's Ulysses sequence parallelism spans them all.
+With more than one rank (``WORLD_SIZE``), verl's Ulysses sequence parallelism spans them all, and rank 0 writes.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ class Case:
 
 OURS = "triton_attention_sink"
 NO_SINK_GRADIENT = "sinks_without_gradient"
+NO_EXCHANGE = "rows_taken_for_whole"
 EXACT = [
     Case("gpt_oss", OURS, packed=False),
     Case("gpt_oss", OURS, packed=True),
@@ -50,7 +51,11 @@ EXACT = [
 MIXES_SAMPLES = Case("gpt_oss", "eager", packed=True)
 # the right probabilities, which is all that verl's own metrics see
 FREEZES_SINKS = Case("gpt_oss", NO_SINK_GRADIENT, packed=True)
-CASES = {case.name: case for case in (*EXACT, MIXES_SAMPLES, FREEZES_SINKS)}
+# on two ranks
+SHARDED = [case for case in EXACT if case.packed]
+# what a registered attention computes that knows nothing of Ulysses
+TAKES_SHARDS_FOR_ROWS = Case("gpt_oss", NO_EXCHANGE, packed=True)
+CASES = {case.name: case for case in (*EXACT, MIXES_SAMPLES, FREEZES_SINKS, TAKES_SHARDS_FOR_ROWS)}
 
 
 def samples() -> tuple[list[torch.Tensor], list[torch.Tensor]]:
@@ -171,15 +176,35 @@ def _register_without_sink_gradient() -> None:
     AttentionMaskInterface.register(NO_SINK_GRADIENT, mask)
 
 
+def _register_without_exchange() -> None:
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from verl.utils import ulysses
+
+    ours, mask = AttentionInterface()[OURS], AttentionMaskInterface()[OURS]
+
+    def forward(*args, **kwargs):
+        group = ulysses.get_ulysses_sequence_parallel_group()
+        ulysses.set_ulysses_sequence_parallel_group(None)
+        try:
+            return ours(*args, **kwargs)
+        finally:
+            ulysses.set_ulysses_sequence_parallel_group(group)
+
+    AttentionInterface.register(NO_EXCHANGE, forward)
+    AttentionMaskInterface.register(NO_EXCHANGE, mask)
+
+
 def main(models: Path, out: Path, names: list[str]) -> None:
     import verl  # noqa: F401  loads its plug-ins: the platform, and this package by its entry point
 
     torch.set_num_threads(1)
     _register_without_sink_gradient()
+    _register_without_exchange()
     cases = [CASES[name] for name in names]
     truths = {model: truth(models / model) for model in {case.model for case in cases}}
     results = {case.name: distances(actor(case, models / case.model), truths[case.model]) for case in cases}
-    out.write_text(json.dumps(results))
+    if os.environ["RANK"] == "0":
+        out.write_text(json.dumps(results))
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ import sys
 import warnings
 
 from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+from .integrations.sequence_parallel import sequence_parallel
 from .interface import Explanation, attention_sink, explain
 from .masks import Mask
 from .reference import reference_attention
@@ -24,6 +25,7 @@ __all__ = [
     "flash_attn_varlen_func",
     "flash_attn_with_kvcache",
     "reference_attention",
+    "sequence_parallel",
 ]
 
 

@@ -10,14 +10,16 @@ packed rows         ``cu_seq_lens_q/k``, else ``position_ids`` cut where they do
 padding             2-D masks, left or right; an all-ones mask counts as none
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
+sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no mask, no cache
 refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
-                    sliding window, sequence parallelism, and any keyword not known to leave the mathematics alone
+                    sliding window, ring attention, and any keyword not known to leave the mathematics alone
                     (``IGNORED_KEYWORDS``; add a name to it if yours does)
 ==================  ==================================================================================================
 
-Nothing here copies q, k or v (a packed batch of several rows excepted, where the layout demands it), and no layer
-waits for the device. The mask function does once where a padding mask comes with a whole sequence, to drop an all-ones
-mask as transformers' own flash-attention mask does, which lets packed rows with such a mask be cut.
+Nothing here copies q, k or v (a packed batch of several rows excepted, where the layout demands it, and what is sent
+to other ranks), and no layer waits for the device. The mask function does once where a padding mask comes with a whole
+sequence, to drop an all-ones mask as transformers' own flash-attention mask does, which lets packed rows with such a
+mask be cut.
 """
 
 from __future__ import annotations
@@ -27,8 +29,15 @@ from torch import Tensor
 
 from .integrations.hidden_keys import attention_mask, hidden_keys, is_causal_pattern, is_encoded
 from .integrations.segments import cu_seqlens_from_position_ids, once
-from .integrations.sequence_parallel import refuse_sequence_parallel
-from .interface import attention_sink
+from .integrations.sequence_parallel import (
+    active_group,
+    check_shards,
+    gather_positions,
+    gather_rows,
+    own_sinks,
+    scatter_rows,
+)
+from .interface import attention_sink, follow_autocast
 
 __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 
@@ -74,6 +83,7 @@ def attention_forward(
         sliding_window: W: a query sees itself and the W - 1 keys before it.
         s_aux, sinks: (Hq,), natural-log sink logits; one of them or neither.
         position_ids: (B, S) or (1, S). cu_seq_lens_q, cu_seq_lens_k: int (N + 1,), packed rows of a batch of one.
+            Under sequence parallelism S is the shard's, and cu_seq_lens_* count the rows of all ranks.
         max_length_q, max_length_k: accepted; nothing needs them.
         deterministic: True asks for bit-exact gradients; else torch's global setting decides.
 
@@ -84,10 +94,17 @@ def attention_forward(
         ValueError, TypeError, NotImplementedError: what cannot be honoured, named.
     """
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
-    refuse_sequence_parallel()
     sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
-    causal, window_size = _causality(module, key.shape[2], attention_mask, is_causal, sliding_window)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    group = active_group(position_ids if cu_seq_lens_q is None else cu_seq_lens_q)
+    if group is not None:
+        q, k, v = follow_autocast(q, k, v)
+        check_shards(group, q, k, v, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        q, k, v = gather_rows(group, q, k, v)
+        sinks = own_sinks(group, sinks)
+        if cu_seq_lens_q is None:
+            position_ids = gather_positions(group, position_ids, q.device)
+    causal, window_size = _causality(module, k.shape[1], attention_mask, is_causal, sliding_window)
     options = dict(
         causal=causal,
         window_size=window_size,
@@ -99,10 +116,11 @@ def attention_forward(
     if cu_q is not None:
         packed = (x.flatten(0, 1) for x in (q, k, v))
         out = attention_sink(*packed, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
-        return out.unflatten(0, q.shape[:2]), None
-    key_padding_mask, seqused_k = hidden_keys(attention_mask, q)
-    out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
-    return out, None
+        out = out.unflatten(0, q.shape[:2])
+    else:
+        key_padding_mask, seqused_k = hidden_keys(attention_mask, q)
+        out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
+    return out if group is None else scatter_rows(group, out), None
 
 
 def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:

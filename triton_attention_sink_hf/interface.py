@@ -132,7 +132,7 @@ def _prepare(
     q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
     max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
 ) -> Call:  # fmt: skip
-    q, k, v = _autocast(q, k, v)
+    q, k, v = follow_autocast(q, k, v)
     check_call(
         q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
@@ -149,7 +149,7 @@ def _prepare(
     return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic)
 
 
-def _autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
+def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Follow torch.autocast as scaled_dot_product_attention does: fp32, fp16 and bf16 go to the autocast dtype."""
     if not all(isinstance(x, Tensor) for x in tensors):
         return tensors

@@ -32,7 +32,7 @@ def check_call(
 ) -> None:
     """Raise TypeError or ValueError, "NAME must be X, got Y", for a call that no implementation could honour."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    _check_tensors(q, k, v, packed)
+    check_qkv(q, k, v, packed)
     batch, heads, seqlen_k = (1 if packed else q.shape[0]), q.shape[-2], k.shape[-3]
     if sinks is not None:
         _check_tensor("sinks", sinks, q.device)
@@ -66,7 +66,7 @@ def check_call(
         _check_int32_vector("seqused_k", seqused_k, q.device)
         if seqused_k.shape[0] != batch:
             raise ValueError(f"seqused_k must be (B,) = ({batch},), got {tuple(seqused_k.shape)}")
-        if _readable(seqused_k):
+        if readable(seqused_k):
             low, high = int(seqused_k.min()), int(seqused_k.max())
             if low < 0 or high > seqlen_k:
                 raise ValueError(f"seqused_k must be between 0 and Sk = {seqlen_k}, got {low}..{high}")
@@ -79,7 +79,8 @@ def _check_tensor(name: str, value: object, device: torch.device | None = None) 
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
 
 
-def _check_tensors(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+    """The part of ``check_call`` that concerns q, k and v alone: dtypes, devices, shapes, heads."""
     layout = "(T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
     for name, x in (("q", q), ("k", k), ("v", v)):
         _check_tensor(name, x, None if name == "q" else q.device)
@@ -141,7 +142,7 @@ def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
             isinstance(max_seqlen, bool) or not isinstance(max_seqlen, (int, torch.SymInt, Tensor))
         ):
             raise TypeError(f"max_seqlen_{side} must be an int, got {max_seqlen!r}")
-        if not _readable(cu):
+        if not readable(cu):
             continue
         lengths = cu.diff()
         if int(cu[0]) != 0:
@@ -158,7 +159,7 @@ def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
         )
 
 
-def _readable(x: Tensor) -> bool:
+def readable(x: Tensor) -> bool:
     """Whether reading x's values costs no device synchronisation, or the user asked for the checks anyway."""
     if torch.compiler.is_compiling():
         return False

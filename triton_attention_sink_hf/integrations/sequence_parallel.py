@@ -1,25 +1,219 @@
-"""verl's Ulysses sequence parallelism: recognised, so that it cannot be silently wrong."""
+"""Ulysses sequence parallelism: ranks share the rows of a batch, and in attention they share its heads instead.
+
+Each of n ranks holds (B, S / n, H, D). An all-to-all gives it all rows of H / n heads, attention runs as if there were
+one rank, and a second all-to-all gives its rows back. Both are their own transposes, so the gradients go the same way.
+A rank uses, and gives a gradient to, its own slice of the sinks: over the ranks the gradients add up to the whole one,
+as those of every other parameter do.
+
+The group is the innermost ``sequence_parallel(group)``, else verl's, else there is none and nothing is exchanged.
+Shards are equally long, in the order of the ranks, with the position_ids of the whole row cut the same way.
+"""
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
+import torch.distributed as dist
+from torch import Tensor
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..validation import check_qkv, readable
+from .segments import once
+
+_GROUPS: list[dist.ProcessGroup] = []  # innermost last; no context variable: backward runs in threads of its own
+_FORWARD_GROUP = WeakTensorKeyDictionary()  # what cut the rows of a forward -> its group, for recomputation in backward
+_TORCH_CONTEXT_PARALLEL = (
+    "torch.distributed.tensor.experimental._context_parallel._attention",
+    "torch.distributed.tensor.experimental._attention",  # before torch 2.10
+)
+
+
+@contextmanager
+def sequence_parallel(group: dist.ProcessGroup) -> Iterator[None]:
+    """Within this, attention takes its rows for shards over ``group`` and exchanges them (Ulysses).
+
+    ``with sequence_parallel(group): model(input_ids=shard, position_ids=shard_of_positions)`` on every rank of the
+    group, where ``input_ids`` and ``position_ids`` are (B, S / n) each: rank i holds rows i * S / n and on. Positions
+    restart at 0 for each packed sample, samples may straddle the cuts, and what fills up the last shard is one more
+    sample. position_ids must be passed: those that a model makes up count from 0 on every rank. Rows need no mask.
+
+    Backward may run outside, with activation checkpointing too. It must run on every rank. Inside verl none of this is
+    needed: ``ulysses_sequence_parallel_size`` is enough.
+
+    Args:
+        group: the ranks that share rows; a group of one exchanges nothing.
+
+    Raises:
+        TypeError: not a process group. ValueError: one that this rank does not belong to.
+    """
+    if not isinstance(group, dist.ProcessGroup):
+        raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
+    if dist.get_rank(group) < 0:
+        raise ValueError(f"group must contain this rank, got one without rank {dist.get_rank()}")
+    _GROUPS.append(group)
+    try:
+        yield
+    finally:
+        _GROUPS.pop()
+
+
+def active_group(rows: Tensor | None) -> dist.ProcessGroup | None:
+    """The group over which rows are sharded now, None if they are whole.
+
+    Args:
+        rows: the tensor that says how the rows of this forward are cut (position_ids or cu_seq_lens_q). A forward that
+            runs within backward recomputes an earlier one with the same tensor, and belongs to that one's group.
+
+    Raises:
+        NotImplementedError: torch's ring attention (``context_parallel``) shards them, which nothing here undoes.
+    """
+    _refuse_ring_attention()
+    group = _GROUPS[-1] if _GROUPS else _verl_group()
+    if not torch.compiler.is_compiling() and rows is not None:
+        if group is None and torch._C._current_graph_task_id() != -1:
+            group = _FORWARD_GROUP.get(rows)
+        elif group is not None:
+            _FORWARD_GROUP[rows] = group
+    return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def _verl_group() -> dist.ProcessGroup | None:
+    """verl's Ulysses group, None if the process has not loaded verl. torch.compile traces this, and guards on both."""
+    ulysses = sys.modules.get("verl.utils.ulysses")
+    return ulysses.get_ulysses_sequence_parallel_group() if ulysses is not None else None
 
 
 @torch.compiler.assume_constant_result
-def ulysses_world_size() -> int:
-    """Size of verl's Ulysses group, 1 if there is none. Looks at verl only if the process has loaded it already."""
-    ulysses = sys.modules.get("verl.utils.ulysses")
-    group = ulysses.get_ulysses_sequence_parallel_group() if ulysses is not None else None
-    return torch.distributed.get_world_size(group) if group is not None else 1
-
-
-def refuse_sequence_parallel() -> None:
-    """Raise NotImplementedError where a layer's rows are sharded over ranks, which it would take for whole ones."""
-    size = ulysses_world_size()
-    if size > 1:
+def _refuse_ring_attention() -> None:
+    replaced = [getattr(sys.modules.get(name), "_replaced_functions", {}) for name in _TORCH_CONTEXT_PARALLEL]
+    if any(torch.nn.functional.scaled_dot_product_attention in functions for functions in replaced):
         raise NotImplementedError(
-            f"ulysses_sequence_parallel_size must be 1 with attn_implementation triton_attention_sink, got {size}: "
-            "verl shards the sequence by replacing transformers' attention function, which a registered one bypasses"
+            "sequence parallelism must be Ulysses (triton_attention_sink_hf.sequence_parallel), got torch's "
+            "context_parallel: it shards rows and replaces scaled_dot_product_attention, which is not called here"
         )
+
+
+def check_shards(
+    group: dist.ProcessGroup,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    attention_mask: Tensor | None,
+    position_ids: Tensor | None,
+    cu_seq_lens_q: Tensor | None,
+    cu_seq_lens_k: Tensor | None,
+) -> None:
+    """Raise, before anything is exchanged, for a sharded call that could not be right.
+
+    Args:
+        q, k, v: this rank's rows, (B, S, H, D). The others: as ``attention_forward`` got them.
+
+    Raises:
+        ValueError, TypeError: the argument, named. The last entry of cu_seq_lens_* on a GPU is asserted there, without
+        waiting for it (TRITON_ATTENTION_SINK_CHECK=1 reads it instead).
+    """
+    check_qkv(q, k, v, packed=False)
+    n, seqlen = dist.get_world_size(group), q.shape[1]
+    if q.shape[2] % n:
+        raise ValueError(f"num_attention_heads must be a multiple of the sequence-parallel size {n}, got {q.shape[2]}")
+    if k.shape[2] % n and n % k.shape[2]:
+        raise ValueError(
+            f"num_key_value_heads must be a multiple or a divisor of the sequence-parallel size {n}, got {k.shape[2]}"
+        )
+    if attention_mask is not None:
+        raise ValueError(
+            "attention_mask must be None under sequence parallelism, got a mask: pack the samples into rows whose "
+            "position_ids restart (verl: use_remove_padding=True)"
+        )
+    if k.shape[1] != seqlen:
+        raise ValueError(
+            f"past_key_values must be None under sequence parallelism, got {k.shape[1]} keys for {seqlen} queries"
+        )
+    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
+        for name, cu in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
+            if cu is not None:
+                once(cu, ("spans", n * seqlen), lambda name=name, cu=cu: _check_span(name, cu, n * seqlen))
+    elif position_ids is None:
+        raise ValueError(
+            "position_ids must be given under sequence parallelism, got None: without them shards and the whole rows "
+            "of a vision tower look the same"
+        )
+    elif position_ids.shape not in ((seqlen,), (1, seqlen), (q.shape[0], seqlen)):
+        raise ValueError(
+            f"position_ids must be those of this rank's shard, (B, S) = {tuple(q.shape[:2])} or (1, {seqlen}), got "
+            f"{tuple(position_ids.shape)}"
+        )
+
+
+def _check_span(name: str, cu: Tensor, total: int) -> None:
+    message = f"{name} must end at the {total} rows of all ranks together"
+    if not readable(cu):
+        torch._assert_async(cu[-1] == total, message)
+    elif int(cu[-1]) != total:
+        raise ValueError(f"{message}, got {int(cu[-1])}")
+
+
+def gather_positions(group: dist.ProcessGroup, position_ids: Tensor, device: torch.device) -> Tensor:
+    """position_ids of all ranks' rows, (..., n * S) from this rank's (..., S), on ``device``; one exchange a forward,
+    as all layers are handed the same tensor."""
+
+    def gather() -> Tensor:
+        own = position_ids.to(device).contiguous()
+        shards = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+        dist.all_gather(shards, own, group=group)
+        return torch.cat(shards, dim=-1)
+
+    return once(position_ids, ("gathered", group, device), gather)
+
+
+def gather_rows(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """All rows of this rank's heads, (B, n * S, H / n, D), from this rank's rows of all heads, (B, S, H, D).
+
+    With fewer key heads than ranks each rank gets the one that its query heads use. Differentiable; one exchange if
+    the head dimensions are equal, else two.
+    """
+    n = dist.get_world_size(group)
+    if k.shape[2] < n:
+        k, v = (x.repeat_interleave(n // x.shape[2], dim=2) for x in (k, v))
+    if q.shape[-1] == v.shape[-1]:
+        return _gather_rows(group, (q, k, v))
+    return *_gather_rows(group, (q, k)), *_gather_rows(group, (v,))
+
+
+def _gather_rows(group: dist.ProcessGroup, tensors: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
+    n = dist.get_world_size(group)
+    shares = [x.unflatten(2, (n, x.shape[2] // n)).movedim(2, 0) for x in tensors]  # (ranks of heads, B, S, h, D)
+    rows = _AllToAll.apply(torch.cat(shares, dim=3), group)  # (ranks of rows, B, S, h of all, D)
+    return rows.movedim(0, 1).flatten(1, 2).split([x.shape[3] for x in shares], dim=2)
+
+
+def scatter_rows(group: dist.ProcessGroup, out: Tensor) -> Tensor:
+    """This rank's rows of all heads, (B, S, H, D), from all rows of its heads, (B, n * S, H / n, D). Differentiable."""
+    n = dist.get_world_size(group)
+    shares = out.unflatten(1, (n, out.shape[1] // n)).movedim(1, 0)  # (ranks of rows, B, S, h, D)
+    heads = _AllToAll.apply(shares, group)  # (ranks of heads, B, S, h, D)
+    return heads.movedim(0, 2).flatten(2, 3)
+
+
+def own_sinks(group: dist.ProcessGroup, sinks: Tensor | None) -> Tensor | None:
+    """(H / n,), the sinks of this rank's heads, from all (H,). Differentiable: the others' gradient is 0 here."""
+    return None if sinks is None else sinks.unflatten(0, (dist.get_world_size(group), -1))[dist.get_rank(group)]
+
+
+class _AllToAll(torch.autograd.Function):
+    """Slice i of the first dimension goes to rank i, and slice i of the result comes from rank i."""
+
+    @staticmethod
+    def forward(ctx, x: Tensor, group: dist.ProcessGroup) -> Tensor:
+        ctx.group = group
+        x = x.contiguous()
+        received = torch.empty_like(x)
+        dist.all_to_all_single(received, x, group=group)
+        return received
+
+    @staticmethod
+    def backward(ctx, gradient: Tensor) -> tuple[Tensor, None]:
+        return _AllToAll.apply(gradient, ctx.group), None

@@ -22,6 +22,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, SpinnerColumn, TextColumn, TimeElapsedColumn
 
 TAIL = 40
+RANKS = (1, 2, 4, 8)
 # What verl's log says when a phase begins, and the name of the phase: seconds without news are explained.
 PHASES = {
     "ray init kwargs": "starting Ray",
@@ -35,13 +36,17 @@ PHASES = {
 def main() -> int:
     arguments = _arguments()
     console = Console()
-    run = main_ppo.Run(_attention(arguments.attn), arguments.steps, arguments.out.resolve(), _has_gpu())
-    hint = _plugin_missing()
+    gpus = _gpus()
+    run = main_ppo.Run(
+        _attention(arguments.attn), arguments.steps, arguments.out.resolve(), gpu=gpus > 0, ranks=arguments.sp
+    )
+    hint = _plugin_missing() or _too_few(gpus, run.ranks)
     if hint:
         console.print(hint, style="red")
         return 1
     console.print(f"attn_implementation: [bold]{run.attention}[/bold]", soft_wrap=True)
-    console.print(f"trainer on the {'GPU' if run.gpu else 'CPU'}, {_versions()}; full log: {run.log}", soft_wrap=True)
+    where = f"{'GPU' if run.gpu else 'CPU'}{f', {run.ranks} ranks with Ulysses' if run.ranks > 1 else ''}"
+    console.print(f"trainer on the {where}, {_versions()}; full log: {run.log}", soft_wrap=True)
     begin = time.monotonic()
     returncode = _train(run, arguments.limit, console)
     if returncode != 0:
@@ -100,7 +105,8 @@ def _conclude(run: main_ppo.Run, console: Console, seconds: float) -> int:
         console.print(f"attention in the trainer's worker: {name} = {function}", soft_wrap=True)
     if any(function.startswith(report.PACKAGE) for _, function in result.attentions):
         console.print(f"which computes here with: {_implementation(run)}", soft_wrap=True)
-    console.print(f"packed rows: up to {result.samples_in_row} samples in one row")
+    shard = f"rank 0's shard of a row that {run.ranks} ranks share" if run.ranks > 1 else "one row"
+    console.print(f"packed rows: up to {result.samples_in_row} samples begin in {shard}")
     for name, distance in result.sink_moves.items():
         console.print(f"{name} moved by {distance:.1e} from the initial checkpoint")
     console.print(f"verl.trainer.main_ppo took {seconds:.0f} s, most of it to start its processes")
@@ -119,11 +125,14 @@ def _arguments() -> argparse.Namespace:
         help="value of attn_implementation; 'path' stands for the absolute path of the installed package's folder",
     )
     parser.add_argument("--steps", type=int, default=3)
+    parser.add_argument("--sp", type=int, default=1, help="ranks that share every row (Ulysses); each is a process")
     parser.add_argument("--limit", type=int, default=600, help="seconds after which the trainer is ended")
     parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for model, log and metrics")
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
+    if arguments.sp not in RANKS:
+        parser.error(f"--sp must be one of {RANKS} for the tiny model's 8 heads, got {arguments.sp}")
     return arguments
 
 
@@ -153,11 +162,15 @@ def _implementation(run: main_ppo.Run) -> str:
     return "plain torch (reference.py; the Triton kernels need a GPU)" if name == "reference" else name
 
 
-def _has_gpu() -> bool:
-    """Asked in another process: a process that has touched CUDA must not start workers."""
-    question = "import torch; print(torch.cuda.is_available())"
+def _too_few(gpus: int, ranks: int) -> str | None:
+    return f"--sp must be at most the machine's {gpus} GPUs, got {ranks}" if 0 < gpus < ranks else None
+
+
+def _gpus() -> int:
+    """How many GPUs there are. Asked in another process: a process that has touched CUDA must not start workers."""
+    question = "import torch; print(torch.cuda.device_count())"
     answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
-    return answer.stdout.strip() == "True"
+    return int(answer.stdout.strip() or 0)
 
 
 def _versions() -> str:

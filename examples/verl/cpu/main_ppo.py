@@ -27,7 +27,8 @@ class Run:
     Attributes:
         attention: value of ``attn_implementation``: a registered name or an absolute path.
         steps: training steps. folder: absolute path; everything is written below it.
-        gpu: train on the machine's first GPU instead of the CPU platform.
+        gpu: train on the machine's first GPUs, one a rank, instead of the CPU platform.
+        ranks: trainer processes that share every row by Ulysses sequence parallelism; 1 = none.
         overrides: further Hydra overrides, as on verl's command line.
     """
 
@@ -35,6 +36,7 @@ class Run:
     steps: int
     folder: Path
     gpu: bool = False
+    ranks: int = 1
     overrides: tuple[str, ...] = ()
 
     @property
@@ -87,17 +89,18 @@ def command(run: Run, ray_folder: Path) -> list[str]:
         "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
         "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 8,
         "actor_rollout_ref.actor.use_kl_loss": False,
-        # the rollout server of verl_hf_rollout.py
+        "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": run.ranks,
+        # the one rollout server of verl_hf_rollout.py; verl counts a server by its ranks of tensor parallelism
         "actor_rollout_ref.rollout.name": "hf_eager",
         "actor_rollout_ref.rollout.n": 2,
         "actor_rollout_ref.rollout.calculate_log_probs": True,
         "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 8,
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
-        "actor_rollout_ref.rollout.n_gpus_per_node": 1,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": run.ranks,
+        "actor_rollout_ref.rollout.n_gpus_per_node": run.ranks,
         "actor_rollout_ref.rollout.agent.num_workers": 1,
         "actor_rollout_ref.rollout.free_cache_engine": False,
         # the trainer
-        "trainer.n_gpus_per_node": 1,
+        "trainer.n_gpus_per_node": run.ranks,
         "trainer.nnodes": 1,
         "trainer.logger": ["console", "file"],
         "trainer.val_before_train": False,
@@ -115,7 +118,7 @@ def command(run: Run, ray_folder: Path) -> list[str]:
         "hydra.run.dir": run.folder / "hydra",
     }
     if not run.gpu:
-        overrides |= {"trainer.device": "cpu", "+ray_kwargs.ray_init.num_gpus": 1}
+        overrides |= {"trainer.device": "cpu", "+ray_kwargs.ray_init.num_gpus": run.ranks}
     pairs = [f"{key}={_hydra(value)}" for key, value in overrides.items()]
     return [_interpreter(ray_folder), "-m", "verl.trainer.main_ppo", *pairs, *run.overrides]
 

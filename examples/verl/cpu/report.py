@@ -29,7 +29,8 @@ class Report:
     """Attributes:
     steps: in order.
     attentions: (name, function) of every attention call in the trainer's worker.
-    samples_in_row: how many samples the fullest packed row held.
+    samples_in_row: how many samples began in the fullest packed row, or rank 0's shard of it.
+    ranks: over how many ranks rows were sharded; several values if that changed.
     sink_moves: parameter name -> largest distance of its sinks from the initial checkpoint, after the last step.
     failures: sentences; empty if the run shows what it should.
     """
@@ -37,6 +38,7 @@ class Report:
     steps: list[Step]
     attentions: set[tuple[str, str]]
     samples_in_row: int
+    ranks: set[int]
     sink_moves: dict[str, float]
     failures: list[str]
 
@@ -66,6 +68,7 @@ def read(run: Run) -> Report:
         steps,
         {(call["name"], call["function"]) for call in calls},
         max((call["samples_in_row"] for call in calls), default=0),
+        {call["ranks"] for call in calls},
         moves.get(run.steps, {}),
         [],
     )
@@ -84,6 +87,8 @@ def _failures(run: Run, report: Report, calls: list[dict], moves: dict[int, dict
             yield f"attention in the worker must be {PACKAGE}'s under the name {run.attention}, got {name} ({function})"
     if report.samples_in_row < 2:
         yield f"packed rows must hold several samples, got {report.samples_in_row}"
+    if report.ranks != {run.ranks}:
+        yield f"rows must be shared by {run.ranks} ranks, got {sorted(report.ranks)}"
     for step in report.steps:
         if not step.probs_diff_max <= TOLERANCE:
             yield (

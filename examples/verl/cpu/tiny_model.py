@@ -78,10 +78,11 @@ def _write(model: PreTrainedModel, folder: Path) -> None:
                 parameter.normal_(0.0, 0.15)
     model.config.architectures = [type(model).__name__]
     model.save_pretrained(folder)
-    _write_tokenizer(folder)
+    write_tokenizer(folder)
 
 
-def _write_tokenizer(folder: Path) -> None:
+def write_tokenizer(folder: Path) -> None:
+    """Write a tokenizer of words w4 to w127 beside a checkpoint."""
     words = {f"w{i}": i for i in range(len(SPECIAL), VOCABULARY)}
     tokenizer = Tokenizer(WordLevel({**SPECIAL, **words}, unk_token="<unk>"))
     tokenizer.pre_tokenizer = Whitespace()

@@ -4,8 +4,8 @@ verl imports this module by its own hook (``VERL_USE_EXTERNAL_MODULES=verl_hf_ro
 ``actor_rollout_ref.rollout.name=hf_eager``. Eager attention on a single unpadded sample is the definition of a sink
 model's probabilities: what the trainer computes from packed rows must agree with it.
 
-The half that lives in the trainer's worker, ``HfServerAdapter``, also writes down what the demo's table reports: which
-attention the worker's layers really used, and the sinks at every synchronisation of the weights.
+The half that lives in the trainer's workers, ``HfServerAdapter``, also writes down (on rank 0) what the demo's table
+reports: which attention the worker's layers really used, and the sinks at every synchronisation of the weights.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ from collections import Counter
 
 import ray
 import torch
+from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size
 from verl.workers.rollout import base as verl_rollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
@@ -86,11 +87,11 @@ class AttentionObserver:
 
     It uses torch's global forward hook and changes nothing. Per call: the name in the layer's config (after any
     rewriting by transformers), the function that transformers has registered under it, whether the model was training,
-    and how many samples lay in the row (position_ids that restart at 0).
+    how many samples began in the row (position_ids that restart at 0), and over how many ranks verl had sharded it.
     """
 
     def __init__(self):
-        self.calls: Counter[tuple[str, str, bool, int]] = Counter()
+        self.calls: Counter[tuple[str, str, bool, int, int]] = Counter()
         torch.nn.modules.module.register_module_forward_hook(self._after_forward, with_kwargs=True)
 
     def _after_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
@@ -99,10 +100,11 @@ class AttentionObserver:
             return
         position_ids = kwargs.get("position_ids")
         samples = int((position_ids[0] == 0).sum()) if position_ids is not None else 0
-        self.calls[name, _registered_function(name), module.training, samples] += 1
+        ranks = get_ulysses_sequence_parallel_world_size()
+        self.calls[name, _registered_function(name), module.training, samples, ranks] += 1
 
     def take(self) -> list[dict]:
-        fields = ("name", "function", "training", "samples_in_row", "calls")
+        fields = ("name", "function", "training", "samples_in_row", "ranks", "calls")
         rows = [dict(zip(fields, (*key, calls), strict=True)) for key, calls in self.calls.items()]
         self.calls.clear()
         return rows
@@ -129,7 +131,10 @@ class HfServerAdapter(verl_rollout.BaseRollout):
     async def release(self) -> None: ...
 
     async def update_weights(self, weights, global_steps: int | None = None, **_) -> None:
+        # every rank takes part in gathering the weights
         state = {name: tensor.detach().to("cpu", torch.float32, copy=True) for name, tensor in weights}
+        if torch.distributed.get_rank() != 0:
+            return
         await ray.get_actor(_actor_name(0)).load.remote(state, global_steps)
         print(f"[rollout] received {len(state)} tensors, global step {global_steps}", flush=True)
         if self.observer:
