@@ -106,7 +106,8 @@ def hf(mode: str, attention: str, folder: Path, out: Path) -> dict:
         collator = DataCollatorForSeq2Seq(AutoTokenizer.from_pretrained(folder))
     else:
         collator = DataCollatorWithFlattening(return_flash_attn_kwargs=mode == "flattened_cu_seqlens")
-    data = [{"input_ids": ids, "labels": ids} for ids in samples()]
+    # versions differ in whether the first label, which nothing predicts, counts in the mean
+    data = [{"input_ids": ids, "labels": [-100, *ids[1:]]} for ids in samples()]
     Trainer(model, TrainingArguments(**arguments(out)), data_collator=collator, train_dataset=data).train()
     return {"steps": steps, "parameters": dict(model.named_parameters())}
 
