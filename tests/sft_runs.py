@@ -75,7 +75,7 @@ def arguments(out: Path) -> dict:
 
 
 def trl(mode: str, attention: str, folder: Path, out: Path) -> dict:
-    """mode: packing, padding_free, padded."""
+    """mode: packing, padding_free."""
     from datasets import Dataset
     from transformers import AutoTokenizer
     from trl import SFTConfig, SFTTrainer
@@ -84,7 +84,7 @@ def trl(mode: str, attention: str, folder: Path, out: Path) -> dict:
     model.config.router_aux_loss_coef = model.router_aux_loss_coef = 0.0  # TRL would add it, a loss of the whole batch
     steps = recorded(model)
     options = {"packing": dict(packing=True, max_length=32), "padding_free": dict(padding_free=True, max_length=None)}
-    config = SFTConfig(**arguments(out), gradient_checkpointing=True, **options.get(mode, {}))
+    config = SFTConfig(**arguments(out), gradient_checkpointing=True, **options[mode])
     data = Dataset.from_list([{"input_ids": ids} for ids in samples()])
     SFTTrainer(model, config, train_dataset=data, processing_class=AutoTokenizer.from_pretrained(folder)).train()
     return {"steps": steps, "parameters": dict(model.named_parameters())}

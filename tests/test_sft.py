@@ -24,7 +24,7 @@ DEMO = ROOT / "examples" / "verl" / "cpu"
 TRL_APART = Path(sys.prefix) / "trl"
 TOLERANCE = 1e-4
 MODES = {
-    "trl": ("packing", "padding_free", "padded"),
+    "trl": ("packing", "padding_free"),
     "hf": ("flattened", "flattened_cu_seqlens", "padded"),
     "verl": ("packed", "padded"),
 }
