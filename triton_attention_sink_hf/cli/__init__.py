@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import typer
 
-from . import bench, demo, doctor, export
+from . import bench, demo, doctor, export, verify
 
 app = typer.Typer(
     help="Exact attention with learned sinks, switched on by attn_implementation: triton_attention_sink",
@@ -12,7 +12,7 @@ app = typer.Typer(
     add_completion=False,
     pretty_exceptions_enable=False,
 )
-for command in (doctor.doctor, bench.bench, demo.demo, export.export):
+for command in (doctor.doctor, verify.verify, bench.bench, demo.demo, export.export):
     app.command()(command)
 
 
