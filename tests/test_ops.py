@@ -169,6 +169,33 @@ def test_outputs_without_gradient():
     assert not out.requires_grad
 
 
+@pytest.mark.parametrize("grad", [True, False])
+def test_forward_mode_is_refused(grad):
+    """A tangent must not be dropped, although no graph is recorded."""
+    inputs = make_inputs(Case(12))
+    with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
+        q = torch.autograd.forward_ad.make_dual(inputs.q, torch.ones_like(inputs.q))
+        with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+            attention_sink(q, inputs.k, inputs.v, inputs.sinks, implementation="triton")
+
+
+def test_vmap_is_refused():
+    inputs = make_inputs(Case(12))
+    attend = torch.func.vmap(lambda q: attention_sink(q, inputs.k, inputs.v, inputs.sinks, implementation="triton"))
+    with pytest.raises(RuntimeError, match="vmap"):
+        attend(torch.stack([inputs.q, inputs.q]))
+
+
+def test_sinks_gradient_has_their_dtype():
+    case = Case(12)
+    inputs = make_inputs(case)
+    sinks = inputs.sinks.bfloat16()
+    options = _options(case, inputs)
+    out, lse = attention_forward(inputs.q, inputs.k, inputs.v, sinks, *options)
+    *_, dsinks = attention_backward(inputs.dout, None, out, lse, inputs.q, inputs.k, inputs.v, sinks, *options, True)
+    assert dsinks.dtype == sinks.dtype and dsinks.shape == sinks.shape
+
+
 def test_modified_inputs_are_noticed():
     """Changing q in place before backward must not give the gradient of another q."""
     inputs = make_inputs(Case(12))

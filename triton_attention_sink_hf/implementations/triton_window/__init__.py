@@ -53,7 +53,7 @@ def run_backward(
     dv: Tensor | None,
     dsinks: Tensor | None,
 ) -> None:
-    """Write dq, and dk, dv (inputs' dtypes) and dsinks (Hq,) fp32 where given."""
+    """Write dq, and dk, dv, dsinks (Hq,) where given, in their inputs' dtypes."""
     if out.numel() and call.k.numel():
         launch_backward(Problem(call), lse, dout, dlse, dq, dk, dv, dsinks)
     else:
