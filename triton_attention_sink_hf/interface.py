@@ -151,8 +151,9 @@ def _prepare(
 
 def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
     """Follow torch.autocast as scaled_dot_product_attention does: fp32, fp16 and bf16 go to the autocast dtype."""
-    if not all(isinstance(x, Tensor) for x in tensors):
-        return tensors
+    for x in tensors:
+        if not isinstance(x, Tensor):
+            return tensors
     device = tensors[0].device.type
     # torch.amp.is_autocast_available would say which devices know autocast, but torch 2.11 cannot compile it
     if device == "meta" or not torch.is_autocast_enabled(device):

@@ -10,6 +10,8 @@ from functools import partial
 
 import torch
 from torch import Tensor
+from torch._C import _are_functorch_transforms_active
+from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
@@ -18,6 +20,8 @@ from .call import Call
 from .implementations import load
 from .masks import Mask
 
+_PLAIN = (Tensor, Parameter)
+
 
 def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     """Run ``call``. Returns out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32; both differentiable.
@@ -25,18 +29,26 @@ def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     Tracing, dispatch modes (selective checkpointing, fake tensors) and tensor subclasses go through the operator. Plain
     eager calls use the same functions as an ``autograd.Function``, without the host time of the operator's wrappers.
     """
-    mask = call.mask
-    arguments = (
-        call.q, call.k, call.v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-        mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
-    )  # fmt: skip
+    q, k, v, mask = call.q, call.k, call.v, call.mask
     if (
         torch.compiler.is_compiling()
         or _get_current_dispatch_mode() is not None
-        or not all(type(x) in (Tensor, Parameter) for x in (call.q, call.k, call.v))
+        or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
     ):
-        return attention_forward(*arguments)
-    return _Attention.apply(*arguments)
+        return attention_forward(
+            q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+            mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
+        )  # fmt: skip
+    if _differentiated(call):
+        return _Attention.apply(q, k, v, call.sinks, call, implementation)
+    return _run_forward(call, implementation)
+
+
+def _differentiated(call: Call) -> bool:
+    """Whether the call must be an autograd.Function: for a graph, or to refuse forward mode and functorch."""
+    q, k, v, sinks = call.q, call.k, call.v, call.sinks
+    needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
+    return (needed and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or _are_functorch_transforms_active()
 
 
 def _forward(
@@ -56,9 +68,13 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
-    out, lse = _empty_outputs(q, v)
-    load(implementation).run_forward(call, out, lse)
+    return _run_forward(Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic), implementation)
+
+
+def _run_forward(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
+    out, lse = _empty_outputs(call.q, call.v)
+    with torch.cuda.device_of(call.q):  # Triton launches on the current device
+        load(implementation).run_forward(call, out, lse)
     return out, lse
 
 
@@ -96,16 +112,17 @@ def _gradients(
     implementation: str,
     need_dkv: bool,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """dq, dk, dv in their inputs' dtypes and dsinks fp32 (Hq,). Without ``need_dkv`` dk and dv are empty, as is
-    dsinks without sinks."""
+    """dq, dk, dv, dsinks (Hq,) in their inputs' dtypes. Without ``need_dkv`` dk and dv are empty, as is dsinks
+    without sinks."""
     mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
     call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
     dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks, need_dkv)
     dout = torch.zeros_like(out) if dout is None else dout
-    load(implementation).run_backward(
-        call, out, lse, dout, dlse, dq, dk if need_dkv else None, dv if need_dkv else None,
-        None if sinks is None else dsinks,
-    )  # fmt: skip
+    with torch.cuda.device_of(q):
+        load(implementation).run_backward(
+            call, out, lse, dout, dlse, dq, dk if need_dkv else None, dv if need_dkv else None,
+            None if sinks is None else dsinks,
+        )  # fmt: skip
     return dq, dk, dv, dsinks
 
 
@@ -119,21 +136,20 @@ def _(dout, dlse, out, lse, q, k, v, sinks, *rest):
 
 def _empty_gradients(q, k, v, sinks, need_dkv) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     dk, dv = (torch.empty_like(k), torch.empty_like(v)) if need_dkv else (k.new_empty(0), v.new_empty(0))
-    dsinks = q.new_empty(0 if sinks is None else q.shape[2], dtype=torch.float32)
+    dsinks = q.new_empty(0) if sinks is None else sinks.new_empty(q.shape[2])
     return torch.empty_like(q), dk, dv, dsinks
 
 
 def _save_for_backward(ctx, inputs, output):
-    q, k, v, sinks, cu_q, cu_k, padding, seqused = inputs[:8]
-    ctx.save_for_backward(*output, q, k, v, sinks, cu_q, cu_k, padding, seqused)
+    ctx.save_for_backward(*output, *inputs[:8])
     ctx.options = inputs[8:]
     ctx.set_materialize_grads(False)
 
 
-def _backward_with(gradients, ctx, dout, dlse):
-    nothing = (None,) * (8 + len(ctx.options))
+def _backward_with(gradients, n_inputs, ctx, dout, dlse):
+    """A gradient for each input; those after q, k, v and sinks have none."""
     if dout is None and dlse is None:
-        return nothing
+        return (None,) * n_inputs
     out, lse, q, k, v, sinks, *mask = ctx.saved_tensors
     need_q, need_k, need_v, need_sinks = ctx.needs_input_grad[:4]
     dq, dk, dv, dsinks = gradients(dout, dlse, out, lse, q, k, v, sinks, *mask, *ctx.options, need_k or need_v)
@@ -141,24 +157,29 @@ def _backward_with(gradients, ctx, dout, dlse):
         dq if need_q else None,
         dk if need_k else None,
         dv if need_v else None,
-        dsinks.to(sinks.dtype) if need_sinks else None,
-        *nothing[4:],
+        dsinks if need_sinks else None,
+        *(None,) * (n_inputs - 4),
     )
 
 
-attention_forward.register_autograd(partial(_backward_with, attention_backward), setup_context=_save_for_backward)
+attention_forward.register_autograd(partial(_backward_with, attention_backward, 14), setup_context=_save_for_backward)
 
 
 class _Attention(torch.autograd.Function):
     """The eager twin of the operators above."""
 
     @staticmethod
-    def forward(ctx, *arguments):
-        output = _forward(*arguments)
-        _save_for_backward(ctx, arguments, output)
+    def forward(ctx, q, k, v, sinks, call, implementation):
+        mask = call.mask
+        output = _run_forward(call, implementation)
+        inputs = (
+            q, k, v, sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+            mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
+        )  # fmt: skip
+        _save_for_backward(ctx, inputs, output)
         return output
 
     @staticmethod
     @once_differentiable
     def backward(ctx, dout, dlse):
-        return _backward_with(_gradients, ctx, dout, dlse)
+        return _backward_with(_gradients, 6, ctx, dout, dlse)

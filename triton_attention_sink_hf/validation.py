@@ -33,16 +33,18 @@ def check_call(
     """Raise TypeError or ValueError, "NAME must be X, got Y", for a call that no implementation could honour."""
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_qkv(q, k, v, packed)
-    batch, heads, seqlen_k = (1 if packed else q.shape[0]), q.shape[-2], k.shape[-3]
+    device = q.device
     if sinks is not None:
-        _check_tensor("sinks", sinks, q.device)
+        heads = q.shape[-2]
+        _check_tensor("sinks", sinks, device)
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
-        if tuple(sinks.shape) != (heads,):
+        if sinks.shape != (heads,):
             raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}")
-    for name, value in (("causal", causal), ("deterministic", deterministic)):
-        if not isinstance(value, bool) and not (name == "deterministic" and value is None):
-            raise TypeError(f"{name} must be a bool, got {value!r}")
+    if not isinstance(causal, bool):
+        raise TypeError(f"causal must be a bool, got {causal!r}")
+    if deterministic is not None and not isinstance(deterministic, bool):
+        raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
     _check_window(window_size)
     if softmax_scale is not None:
         _check_number("softmax_scale", softmax_scale)
@@ -55,7 +57,8 @@ def check_call(
                 raise ValueError(f"{name} must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
         _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if key_padding_mask is not None:
-        _check_tensor("key_padding_mask", key_padding_mask, q.device)
+        batch, seqlen_k = q.shape[0], k.shape[1]
+        _check_tensor("key_padding_mask", key_padding_mask, device)
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be torch.bool (True = real token), got {key_padding_mask.dtype}")
         if tuple(key_padding_mask.shape) != (batch, seqlen_k):
@@ -63,7 +66,8 @@ def check_call(
                 f"key_padding_mask must be (B, Sk) = ({batch}, {seqlen_k}), got {tuple(key_padding_mask.shape)}"
             )
     if seqused_k is not None:
-        _check_int32_vector("seqused_k", seqused_k, q.device)
+        batch, seqlen_k = q.shape[0], k.shape[1]
+        _check_int32_vector("seqused_k", seqused_k, device)
         if seqused_k.shape[0] != batch:
             raise ValueError(f"seqused_k must be (B,) = ({batch},), got {tuple(seqused_k.shape)}")
         if readable(seqused_k):
@@ -81,27 +85,31 @@ def _check_tensor(name: str, value: object, device: torch.device | None = None) 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
     """The part of ``check_call`` that concerns q, k and v alone: dtypes, devices, shapes, heads."""
-    layout = "(T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
+    _check_tensor("q", q)
+    dtype, device, dims = q.dtype, q.device, 3 if packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):
-        _check_tensor(name, x, None if name == "q" else q.device)
+        if x is not q:
+            _check_tensor(name, x, device)
         if x.dtype not in DTYPES:
             raise TypeError(f"{name} must be bfloat16, float16, float32 or float64, got {x.dtype}")
-        if x.dtype != q.dtype:
-            raise TypeError(f"{name} must have q's dtype {q.dtype}, got {x.dtype}")
-        if x.dim() != (3 if packed else 4):
+        if x.dtype != dtype:
+            raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
+        if x.dim() != dims:
+            layout = "(T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
-    for name, x in (("q", q), ("v", v)):
-        size = x.shape[-1]
+    q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
+    for name, size in (("q", q_shape[-1]), ("v", v_shape[-1])):
         if size < 16 or size > 256 or size % 8:
             raise ValueError(f"{name}'s head dimension must be a multiple of 8 from 16 to 256, got {size}")
-    if k.shape[-1] != q.shape[-1]:
-        raise ValueError(f"k's head dimension must be q's {q.shape[-1]}, got {k.shape[-1]}")
-    if k.shape[:-1] != v.shape[:-1]:
-        raise ValueError(f"v must be {tuple(k.shape[:-1])} + (Dv,) as k, got {tuple(v.shape)}")
-    if not packed and k.shape[0] != q.shape[0]:
-        raise ValueError(f"k's batch must be q's {q.shape[0]}, got {k.shape[0]}")
-    if q.shape[-2] == 0 or k.shape[-2] == 0 or q.shape[-2] % k.shape[-2]:
-        raise ValueError(f"q's heads must be a multiple of k's heads, got {q.shape[-2]} and {k.shape[-2]}")
+    if k_shape[-1] != q_shape[-1]:
+        raise ValueError(f"k's head dimension must be q's {q_shape[-1]}, got {k_shape[-1]}")
+    if k_shape[:-1] != v_shape[:-1]:
+        raise ValueError(f"v must be {tuple(k_shape[:-1])} + (Dv,) as k, got {tuple(v_shape)}")
+    if not packed and k_shape[0] != q_shape[0]:
+        raise ValueError(f"k's batch must be q's {q_shape[0]}, got {k_shape[0]}")
+    heads_q, heads_k = q_shape[-2], k_shape[-2]
+    if heads_q == 0 or heads_k == 0 or heads_q % heads_k:
+        raise ValueError(f"q's heads must be a multiple of k's heads, got {heads_q} and {heads_k}")
 
 
 def _check_window(window_size: tuple[int, int]) -> None:

@@ -28,7 +28,8 @@ def supports(call: Call) -> str | None:
         return f"the Triton kernels need a GPU (or TRITON_INTERPRET=1 on a CPU), got device {q.device}"
     for name, x in (("q", q), ("k", call.k), ("v", call.v)):
         # offsets inside a tile are 32-bit: at most 128 tokens, MAX_PACK heads, 256 columns
-        if x.stride(1) * 128 + x.stride(2) * MAX_PACK + x.stride(3) * 256 >= 2**31:
+        _, token, head, column = x.stride()
+        if token * 128 + head * MAX_PACK + column * 256 >= 2**31:
             return f"{name}'s strides must span less than 2 ** 31 elements in a tile, got {tuple(x.stride())}"
     return None
 

@@ -18,6 +18,7 @@ from .launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from .masks import key_interval, query_interval, tile_plan
 from .primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from .reduce import sum_rows
+from .relaunch import Launch, unchecked
 
 MIN_TMA_PACK = 4  # a copied row is at least 16 bytes
 
@@ -310,57 +311,56 @@ def _attn_bwd_dkv_kernel(
 
 @planned
 def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides, aligned: bool) -> tuple:
-    """Grid, rows of partial sums of dsink, config, constants."""
+    """The launch, rows of partial sums of dsink, keys of a tile, whether it takes descriptors."""
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack) * problem.batch
-    return (
+    tma = aligned and config.tma
+    launch = Launch(
+        _attn_bwd_dq_kernel,
         (tiles * (problem.heads_q // problem.pack),),
-        tiles,
-        config,
-        {
-            **problem.mask_arguments(),
-            **strides("q", call.q.stride()),
-            **strides("k", call.k.stride()),
-            **strides("v", call.v.stride()),
-            **strides("o", out_strides),
-            **strides("do", dout_strides),
-            **strides("dq", dq_strides),
-            **dlse_arguments(dlse_strides),
-            **statistics_strides(problem),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-            "TMA": aligned and config.tma,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
+        **problem.mask_arguments(),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("o", out_strides),
+        **strides("do", dout_strides),
+        **strides("dq", dq_strides),
+        **dlse_arguments(dlse_strides),
+        **statistics_strides(problem),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    return launch, tiles, config.block_n, tma
 
 
 @planned
 def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: bool) -> tuple:
-    """Grid, config, constants."""
+    """The launch, tokens of a step, whether it takes descriptors."""
     call, config = problem.call, dkv_config(problem)
-    return (
+    tma = aligned and config.tma and problem.pack >= MIN_TMA_PACK
+    launch = Launch(
+        _attn_bwd_dkv_kernel,
         (ceil_div(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,),
-        config,
-        {
-            **problem.mask_arguments(),
-            **strides("q", call.q.stride()),
-            **strides("k", call.k.stride()),
-            **strides("v", call.v.stride()),
-            **strides("do", dout_strides),
-            **strides("dk", dk_strides),
-            **strides("dv", dv_strides),
-            **statistics_strides(problem),
-            "BLOCK_M": config.block_m,
-            "BLOCK_N": config.block_n,
-            "STAGES": config.num_stages,
-            "TMA": aligned and config.tma and problem.pack >= MIN_TMA_PACK,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
+        **problem.mask_arguments(),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("do", dout_strides),
+        **strides("dk", dk_strides),
+        **strides("dv", dv_strides),
+        **statistics_strides(problem),
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    return launch, config.block_m // problem.pack, tma
 
 
 def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
@@ -387,7 +387,8 @@ def statistics_descriptor(problem: Problem, statistics, tokens: int) -> TensorDe
     """Blocks of (1, tokens, 1, packed heads) of (B, Sq, 2, Hq): lse and delta of a tile's rows."""
     shape = [problem.batch, problem.seqlen_q, 2, problem.heads_q]
     stride = [2 * problem.seqlen_q * problem.heads_q, 2 * problem.heads_q, problem.heads_q, 1]
-    return TensorDescriptor(statistics, shape, stride, [1, tokens, 1, problem.pack])
+    block_shape = [1, tokens, 1, problem.pack]
+    return unchecked(TensorDescriptor, base=statistics, shape=shape, strides=stride, block_shape=block_shape)
 
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
@@ -395,16 +396,15 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     call, mask_tensors = problem.call, problem.mask_tensors()
     dlse_strides = None if dlse is None else dlse.stride()
     aligned = use_tma(problem, call.q, call.k, call.v, dout)
-    grid, parts, config, constants = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
-    tma = constants["TMA"]
+    launch, parts, keys, tma = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
     statistics = lse.new_empty(2 * lse.numel())
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
-    _attn_bwd_dq_kernel[grid](
+    launch(
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
-        k_desc=descriptor(call.k, config.block_n, 1) if tma else None,
-        v_desc=descriptor(call.v, config.block_n, 1) if tma else None,
+        k_desc=descriptor(call.k, keys, 1) if tma else None,
+        v_desc=descriptor(call.v, keys, 1) if tma else None,
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
@@ -414,13 +414,10 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
         **mask_tensors,
-        **constants,
     )
     if dk is not None:
-        grid, config, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
-        tma = constants["TMA"]
-        tokens = config.block_m // problem.pack
-        _attn_bwd_dkv_kernel[grid](
+        launch, tokens, tma = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
+        launch(
             q_ptr=call.q,
             k_ptr=call.k,
             v_ptr=call.v,
@@ -432,7 +429,6 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
             dk_ptr=dk,
             dv_ptr=dv,
             **mask_tensors,
-            **constants,
         )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

@@ -7,6 +7,7 @@ from .config import forward_config
 from .launch import Problem, ceil_div, planned, strides
 from .masks import query_interval, tile_plan
 from .primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+from .relaunch import Launch
 
 
 @triton.jit
@@ -136,28 +137,30 @@ def _attn_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides) -> tuple[tuple[int], dict]:
+def _plan(problem: Problem, out_strides) -> Launch:
     call, config = problem.call, forward_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack)
-    return (tiles * problem.batch * (problem.heads_q // problem.pack),), {
+    return Launch(
+        _attn_fwd_kernel,
+        (tiles * problem.batch * (problem.heads_q // problem.pack),),
         **problem.mask_arguments(),
         **strides("q", call.q.stride()),
         **strides("k", call.k.stride()),
         **strides("v", call.v.stride()),
         **strides("o", out_strides),
-        "BLOCK_M": config.block_m,
-        "BLOCK_N": config.block_n,
-        "STAGES": config.num_stages,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-    }
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        STAGES=config.num_stages,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    grid, constants = _plan(problem, out.stride())
-    _attn_fwd_kernel[grid](
+    launch = _plan(problem, out.stride())
+    launch(
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
@@ -165,5 +168,4 @@ def launch_forward(problem: Problem, out, lse) -> None:
         out_ptr=out,
         lse_ptr=lse,
         **problem.mask_tensors(),
-        **constants,
     )

@@ -11,6 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call
 from .masks import _segment_range_kernel
+from .relaunch import Launch, unchecked
 
 MAX_PLANS = 1024
 TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
@@ -65,28 +66,9 @@ class Problem:
         if not mask.packed:
             return None
         cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
-        n_q, n_k = self.seqlen_q, self.seqlen_k
-        ranges = torch.empty(2 * (n_q + n_k), dtype=torch.int32, device=cu_q.device)
-        for own, other, n_own, n_other, before, after, out in (
-            (cu_q, cu_k, n_q, n_k, mask.left, mask.right, ranges),
-            (cu_k, cu_q, n_k, n_q, mask.right, mask.left, ranges[2 * n_q :]),
-        ):
-            n_segments = own.numel() - 1
-            block = 256
-            _segment_range_kernel[(ceil_div(n_own, block),)](
-                ranges_ptr=out,
-                cu_own_ptr=own,
-                cu_other_ptr=other,
-                n_segments=n_segments,
-                n_own=n_own,
-                n_other=n_other,
-                before=before,
-                after=after,
-                search_steps=n_segments.bit_length(),
-                HAS_BEFORE=before >= 0,
-                HAS_AFTER=after >= 0,
-                BLOCK=block,
-            )
+        ranges = torch.empty(2 * (self.seqlen_q + self.seqlen_k), dtype=torch.int32, device=cu_q.device)
+        launch = _ranges_launch(cu_q.numel() - 1, self.seqlen_q, self.seqlen_k, mask.left, mask.right)
+        launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
         return ranges
 
     def sizes(self) -> dict:
@@ -138,6 +120,24 @@ class Problem:
         }
 
 
+@functools.lru_cache(MAX_PLANS)
+def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right: int) -> Launch:
+    block = 256
+    return Launch(
+        _segment_range_kernel,
+        (ceil_div(max(seqlen_q, seqlen_k), block), 2),
+        n_segments=segments,
+        seqlen_q=seqlen_q,
+        seqlen_k=seqlen_k,
+        left=left,
+        right=right,
+        search_steps=segments.bit_length(),
+        HAS_LEFT=left >= 0,
+        HAS_RIGHT=right >= 0,
+        BLOCK=block,
+    )
+
+
 def planned(build):
     """Remember ``build(problem, *strides)``: the grid and the constant arguments of a launch.
 
@@ -176,18 +176,21 @@ def strides(name: str, stride: tuple[int, ...]) -> dict:
 
 def use_tma(problem: Problem, *tensors: Tensor) -> bool:
     """Whether Hopper's copy engine can address the tensors: last dimension contiguous, all else 16-byte aligned."""
-    return problem.target in TMA_TARGETS and all(
-        x.stride(-1) == 1
-        and x.data_ptr() % 16 == 0
-        and all(stride * x.element_size() % 16 == 0 and stride > 0 for stride in x.stride()[:-1])
-        for x in tensors
-    )
+    if problem.target not in TMA_TARGETS:
+        return False
+    for x in tensors:
+        b, t, h, d = x.stride()
+        unit = 16 // x.element_size()
+        if d != 1 or b % unit or t % unit or h % unit or min(b, t, h) <= 0 or x.data_ptr() % 16:
+            return False
+    return True
 
 
 def descriptor(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
     """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
     shape = x.shape
-    return TensorDescriptor(x, shape, x.stride(), [1, tokens, heads, next_power_of_2(shape[-1])])
+    block_shape = [1, tokens, heads, next_power_of_2(shape[-1])]
+    return unchecked(TensorDescriptor, base=x, shape=shape, strides=x.stride(), block_shape=block_shape)
 
 
 def ceil_div(a: int, b: int) -> int:
@@ -198,6 +201,7 @@ def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
 
 
+@functools.lru_cache
 def target_name(device: torch.device) -> str:
     """ "sm90", "gfx942", ... for a GPU; "cpu" for tensors that only the interpreter can take."""
     if device.type != "cuda":

@@ -69,7 +69,7 @@ def tile_plan(lo_first, hi_first, lo_last, hi_last, STEP: tl.constexpr, ALL_EDGE
 
 
 @triton.jit
-def _segment_range_kernel(
+def _segment_ranges(
     ranges_ptr, cu_own_ptr, cu_other_ptr, n_segments, n_own, n_other, before, after, search_steps,
     HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
@@ -96,3 +96,21 @@ def _segment_range_kernel(
     lo, hi = interval(i, other_end - own_end, before, after, start, end, HAS_BEFORE, HAS_AFTER)
     tl.store(ranges_ptr + i, tl.where(inside, lo, end), mask=i < n_own)
     tl.store(ranges_ptr + n_own + i, tl.where(inside, hi, end), mask=i < n_own)
+
+
+@triton.jit
+def _segment_range_kernel(
+    ranges_ptr, cu_q_ptr, cu_k_ptr, n_segments, seqlen_q, seqlen_k, left, right, search_steps,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK: tl.constexpr,
+):  # fmt: skip
+    """ranges: (2, Tq) of keys per query, then (2, Tk) of queries per key; program_id(1) picks the side."""
+    if tl.program_id(1) == 0:
+        _segment_ranges(
+            ranges_ptr, cu_q_ptr, cu_k_ptr, n_segments, seqlen_q, seqlen_k, left, right, search_steps,
+            HAS_LEFT, HAS_RIGHT, BLOCK,
+        )  # fmt: skip
+    else:
+        _segment_ranges(
+            ranges_ptr + 2 * seqlen_q, cu_k_ptr, cu_q_ptr, n_segments, seqlen_k, seqlen_q, right, left, search_steps,
+            HAS_RIGHT, HAS_LEFT, BLOCK,
+        )  # fmt: skip

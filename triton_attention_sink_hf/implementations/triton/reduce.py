@@ -1,8 +1,12 @@
 """Sums of per-tile partial results in a fixed order."""
 
+from functools import lru_cache
+
 import triton
 import triton.language as tl
 from torch import Tensor
+
+from .relaunch import Launch
 
 _BLOCK_COLUMNS, _BLOCK_ROWS = 8, 512  # 8 fp32 are one 32-byte sector; 4 warps hold 32 elements a thread
 
@@ -19,15 +23,19 @@ def _sum_rows_kernel(parts_ptr, sum_ptr, n_rows, n_columns, BLOCK_ROWS: tl.const
     tl.store(sum_ptr + column, tl.sum(total, 0), mask=column < n_columns)
 
 
-def sum_rows(parts: Tensor, out: Tensor) -> None:
-    """out (n,) = parts (rows, n) summed over rows, fp32, contiguous; the same bits every time."""
-    rows, columns = parts.shape
-    _sum_rows_kernel[(-(-columns // _BLOCK_COLUMNS),)](
-        parts_ptr=parts,
-        sum_ptr=out,
+@lru_cache(maxsize=256)
+def _launch(rows: int, columns: int) -> Launch:
+    return Launch(
+        _sum_rows_kernel,
+        (-(-columns // _BLOCK_COLUMNS),),
         n_rows=rows,
         n_columns=columns,
         BLOCK_ROWS=_BLOCK_ROWS,
         BLOCK_COLUMNS=_BLOCK_COLUMNS,
         num_warps=4,
     )
+
+
+def sum_rows(parts: Tensor, out: Tensor) -> None:
+    """out (n,) = parts (rows, n) summed over rows, fp32, contiguous; the same bits every time."""
+    _launch(*parts.shape)(parts_ptr=parts, sum_ptr=out)

@@ -14,6 +14,7 @@ from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use
 from ..triton.masks import key_interval, query_interval
 from ..triton.primitives import LOG2E, exp, matmul, store_tile
 from ..triton.reduce import sum_rows
+from ..triton.relaunch import Launch
 from .config import band_size, dkv_config, dq_config, programs
 from .forward import load_keys, load_queries, place, starts_among_own, store_queries, window_arguments
 
@@ -190,61 +191,58 @@ def _window_bwd_dkv_kernel(
 
 
 @planned
-def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple:
-    """Grid, rows of partial sums of dsink, config, constants."""
+def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple[Launch, int, int]:
+    """The launch, rows of partial sums of dsink, tokens of a tile."""
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch
     n_tiles = tiles * (problem.heads_q // problem.pack)
-    return (
+    launch = Launch(
+        _window_bwd_dq_kernel,
         (min(n_tiles, programs(problem, config)),),
-        tiles,
-        config,
-        {
-            **window_arguments(problem),
-            **strides("q", call.q.stride()),
-            **strides("k", call.k.stride()),
-            **strides("v", call.v.stride()),
-            **strides("do", dout_strides),
-            **strides("dq", dq_strides),
-            **dlse_arguments(dlse_strides),
-            "n_tiles": n_tiles,
-            "TOKENS": config.tokens,
-            "BAND": band_size(problem),
-            "STAGES": config.num_stages,
-            "OWN_LO": starts_among_own(problem, config.tokens),
-            "EVEN": problem.seqlen_q % config.tokens == 0,
-            "TMA": tma,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
+        **window_arguments(problem),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("do", dout_strides),
+        **strides("dq", dq_strides),
+        **dlse_arguments(dlse_strides),
+        n_tiles=n_tiles,
+        TOKENS=config.tokens,
+        BAND=band_size(problem),
+        STAGES=config.num_stages,
+        OWN_LO=starts_among_own(problem, config.tokens),
+        EVEN=problem.seqlen_q % config.tokens == 0,
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    return launch, tiles, config.tokens
 
 
 @planned
-def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> tuple[tuple[int], dict]:
+def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> Launch:
     call, config = problem.call, dkv_config(problem)
     arguments = window_arguments(problem)
     del arguments["HAS_SINK"]
     # A step then meets either the diagonal or the window's far edge, so one comparison decides.
     one_sided = not call.mask.packed and call.mask.left >= config.keys + config.tokens
-    return (
+    return Launch(
+        _window_bwd_dkv_kernel,
         (ceil_div(problem.seqlen_k, config.keys) * problem.batch * problem.heads_k,),
-        {
-            **arguments,
-            **strides("q", call.q.stride()),
-            **strides("k", call.k.stride()),
-            **strides("v", call.v.stride()),
-            **strides("do", dout_strides),
-            **strides("dk", dk_strides),
-            **strides("dv", dv_strides),
-            "TOKENS": config.tokens,
-            "KEYS": config.keys,
-            "STAGES": config.num_stages,
-            "ONE_SIDED": one_sided,
-            "EVEN": problem.seqlen_q % config.tokens == 0,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
+        **arguments,
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("do", dout_strides),
+        **strides("dk", dk_strides),
+        **strides("dv", dv_strides),
+        TOKENS=config.tokens,
+        KEYS=config.keys,
+        STAGES=config.num_stages,
+        ONE_SIDED=one_sided,
+        EVEN=problem.seqlen_q % config.tokens == 0,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
 
 
@@ -253,11 +251,11 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
     call, ranges = problem.call, problem.ranges
     tma = use_tma(problem, call.q, dout, dq)
     dlse_strides = None if dlse is None else dlse.stride()
-    grid, parts, config, constants = _dq_plan(problem, dout.stride(), dq.stride(), dlse_strides, tma)
+    launch, parts, tokens = _dq_plan(problem, dout.stride(), dq.stride(), dlse_strides, tma)
     statistics = lse.new_empty(problem.batch, problem.seqlen_q, 2, problem.heads_q)
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
-    q_rows, dout_rows, dq_rows = (descriptor(x, config.tokens, problem.pack) if tma else x for x in (call.q, dout, dq))
-    _window_bwd_dq_kernel[grid](
+    q_rows, dout_rows, dq_rows = (descriptor(x, tokens, problem.pack) if tma else x for x in (call.q, dout, dq))
+    launch(
         q_ptr=q_rows,
         k_ptr=call.k,
         v_ptr=call.v,
@@ -269,11 +267,10 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
         statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
         ranges_ptr=ranges,
-        **constants,
     )
     if dk is not None:
-        grid, constants = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride())
-        _window_bwd_dkv_kernel[grid](
+        launch = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride())
+        launch(
             q_ptr=call.q,
             k_ptr=call.k,
             v_ptr=call.v,
@@ -282,7 +279,6 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
             dk_ptr=dk,
             dv_ptr=dv,
             ranges_ptr=ranges,
-            **constants,
         )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

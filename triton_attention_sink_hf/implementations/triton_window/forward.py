@@ -11,7 +11,8 @@ import triton.language as tl
 from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
 from ..triton.masks import query_interval
 from ..triton.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
-from .config import WindowConfig, band_size, forward_config, programs
+from ..triton.relaunch import Launch
+from .config import band_size, forward_config, programs
 
 
 @triton.jit
@@ -183,40 +184,40 @@ def _window_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides, tma: bool) -> tuple[tuple[int], WindowConfig, dict]:
+def _plan(problem: Problem, out_strides, tma: bool) -> tuple[Launch, int]:
+    """The launch, tokens of a block of q."""
     call, config = problem.call, forward_config(problem)
     n_tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch * (problem.heads_q // problem.pack)
-    return (
+    launch = Launch(
+        _window_fwd_kernel,
         (min(n_tiles, programs(problem, config)),),
-        config,
-        {
-            **window_arguments(problem),
-            **strides("q", call.q.stride()),
-            **strides("k", call.k.stride()),
-            **strides("v", call.v.stride()),
-            **strides("o", out_strides),
-            "n_tiles": n_tiles,
-            "TOKENS": config.tokens,
-            "PARTS": config.parts,
-            "BAND": band_size(problem),
-            "STAGES": config.num_stages,
-            "PREFETCH": problem.target.startswith("sm"),
-            "OWN_LO": starts_among_own(problem, config.tokens),
-            "EVEN": problem.seqlen_q % config.tokens == 0,
-            "TMA": tma,
-            "num_warps": config.num_warps,
-            "num_stages": config.num_stages,
-        },
+        **window_arguments(problem),
+        **strides("q", call.q.stride()),
+        **strides("k", call.k.stride()),
+        **strides("v", call.v.stride()),
+        **strides("o", out_strides),
+        n_tiles=n_tiles,
+        TOKENS=config.tokens,
+        PARTS=config.parts,
+        BAND=band_size(problem),
+        STAGES=config.num_stages,
+        PREFETCH=problem.target.startswith("sm"),
+        OWN_LO=starts_among_own(problem, config.tokens),
+        EVEN=problem.seqlen_q % config.tokens == 0,
+        TMA=tma,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
     )
+    return launch, config.tokens // config.parts
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
     tma = use_tma(problem, call.q)
-    grid, config, constants = _plan(problem, out.stride(), tma)
-    _window_fwd_kernel[grid](
-        q_ptr=descriptor(call.q, config.tokens // config.parts, problem.pack) if tma else call.q,
+    launch, tokens = _plan(problem, out.stride(), tma)
+    launch(
+        q_ptr=descriptor(call.q, tokens, problem.pack) if tma else call.q,
         prefetch_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
@@ -224,7 +225,6 @@ def launch_forward(problem: Problem, out, lse) -> None:
         out_ptr=out,
         lse_ptr=lse,
         ranges_ptr=problem.ranges,
-        **constants,
     )
 
 

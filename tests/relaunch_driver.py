@@ -1,0 +1,335 @@
+"""``python relaunch_driver.py TEST``: tests of relaunch.py under a driver that records launches (test_relaunch.py)."""
+
+from __future__ import annotations
+
+import itertools
+import os
+import sys
+
+os.environ.pop("TRITON_INTERPRET", None)
+
+import torch
+import triton
+import triton.language as tl
+from cases import Case, make_inputs
+from triton import knobs
+from triton.backends.compiler import GPUTarget
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
+from triton.runtime import jit
+from triton.runtime.driver import driver
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from triton_attention_sink_hf.call import Call
+from triton_attention_sink_hf.implementations.triton import backward, forward, launch, relaunch
+from triton_attention_sink_hf.implementations.triton.relaunch import Launch, unchecked
+from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
+from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
+
+BF16, FP32 = torch.bfloat16, torch.float32
+
+
+class Utils:
+    def get_device_properties(self, device):
+        return {"max_shared_mem": 232_448, "multiprocessor_count": 132, "max_num_regs": 65_536, "warpSize": 32}
+
+    def load_binary(self, name, kernel, shared, device):
+        return object(), f"{name} on {device}", 32, 0, 1024  # module, function, registers, spills, most threads
+
+    def unload_module(self, module):
+        pass
+
+
+class Driver:
+    """Names sm90 and records the arguments of each launch in ``launches``."""
+
+    def __init__(self):
+        self.utils, self.launches, self.device, self.stream = Utils(), [], 0, 7
+
+    def get_current_target(self):
+        return GPUTarget("cuda", 90, 32)
+
+    def get_current_device(self):
+        return self.device
+
+    def get_current_stream(self, device):
+        return self.stream
+
+    def get_active_torch_device(self):
+        return torch.device("cpu")
+
+    def launcher_cls(self, source, metadata):
+        def run(*arguments):
+            self.launches.append((metadata.hash, *arguments))
+
+        return run
+
+
+DRIVER = Driver()
+driver.set_active(DRIVER)
+launch.target_name = lambda device: "sm90"
+
+
+@triton.jit
+def _kernel(a_ptr, b_ptr, c_ptr, n, stride, scale, WIDTH: tl.constexpr):
+    offsets = tl.arange(0, WIDTH)
+    x = tl.load(a_ptr + offsets * stride, mask=offsets < n, other=0.0).to(tl.float32) * scale
+    if c_ptr is not None:
+        x += tl.load(c_ptr + offsets)
+    tl.store(b_ptr + offsets, x, mask=offsets < n)
+
+
+@triton.jit
+def _descriptor_kernel(a_desc, b_ptr, ROWS: tl.constexpr, COLUMNS: tl.constexpr):
+    x = a_desc.load([0, 0])
+    tl.store(b_ptr + tl.arange(0, ROWS)[:, None] * COLUMNS + tl.arange(0, COLUMNS)[None, :], x)
+
+
+def values(arguments) -> list:
+    """Arguments of a launch with tensors as the addresses that a launcher takes from them."""
+    return [x.data_ptr() if isinstance(x, torch.Tensor) else x for x in arguments]
+
+
+BOUND: list = []  # the keys that Triton looked compiled kernels up by: one for each launch through it
+_compute_cache_key = jit.compute_cache_key
+
+
+def _count(*arguments):
+    BOUND.append(_compute_cache_key(*arguments))
+    return BOUND[-1]
+
+
+jit.compute_cache_key = _count
+
+
+def triton_key(kernel, tensors: dict, constants: dict) -> tuple:
+    """What Triton's own cache of compiled kernels is looked up by."""
+    binder = kernel.device_caches[DRIVER.device][-1]
+    _, specialization, options = binder(**tensors, **constants)
+    return str(specialization), str(options)
+
+
+def tensor_choices(dtypes) -> list:
+    """None, and tensors of each dtype whose address is and is not a multiple of 16."""
+    choices: list = [None]
+    for dtype in dtypes:
+        base = torch.zeros(64, dtype=dtype)
+        assert base.data_ptr() % 16 == 0
+        choices += [base, base[1:], base[8:]]
+    return choices
+
+
+def same_key_same_kernel():
+    """Two calls that Triton would tell apart never share a kernel, and those that it would not, are launched again."""
+    constants = {"n": 16, "stride": 1, "scale": 0.5, "WIDTH": 16}
+    again = Launch(_kernel, (1,), **constants)
+    kernels: dict = {}
+    as_, bs = tensor_choices((BF16, FP32))[1:], tensor_choices((FP32,))[1:]
+    cs = tensor_choices((FP32, BF16))
+    for _ in range(2):
+        for a, b, c in itertools.product(as_, bs, cs):
+            tensors = {"a_ptr": a, "b_ptr": b, "c_ptr": c}
+            key = triton_key(_kernel, tensors, constants)
+            DRIVER.launches.clear()
+            again(**tensors)
+            ((name, *arguments),) = DRIVER.launches
+            assert kernels.setdefault(key, name) == name
+            assert values(arguments[9:])[:3] == [0 if x is None else x.data_ptr() for x in (a, b)] + [
+                None if c is None else c.data_ptr()
+            ]
+    assert len(set(kernels.values())) == len(kernels) > 20
+    BOUND.clear()
+    again(a_ptr=as_[0], b_ptr=bs[0], c_ptr=None)
+    assert not BOUND, "a repeated launch goes around Triton"
+    for parameter in (torch.nn.Parameter(as_[0]), as_[0].view(64)):
+        again(a_ptr=parameter, b_ptr=bs[0], c_ptr=None)
+    assert not BOUND
+    again(c_ptr=None, b_ptr=bs[0], a_ptr=as_[0])  # by name, whatever the order
+    assert not BOUND and values(DRIVER.launches[-1][10:12]) == [as_[0].data_ptr(), bs[0].data_ptr()]
+
+
+def same_arguments():
+    """A launch again passes what Triton's launch passed: grid, stream of the moment, numbers, constants."""
+    constants = {"n": 12, "stride": 1, "scale": 0.5, "WIDTH": 16, "num_warps": 2}
+    again = Launch(_kernel, (3, 2), **constants)
+    a, b = torch.zeros(64), torch.zeros(64)
+    DRIVER.launches.clear()
+    for stream in (7, 8):
+        DRIVER.stream = stream
+        for _ in range(2):
+            again(a_ptr=a, b_ptr=b, c_ptr=None)
+    first, second, third, fourth = DRIVER.launches
+    hooks = slice(7, 10)  # launch metadata and hooks: Triton passes empty ones
+    for x in (second, third, fourth):
+        assert x[1:4] == (3, 2, 1) and values(x[10:]) == values(first[10:])
+        assert x[hooks] == (None, None, None) and x[5:7] == first[5:7] and x[0] == first[0]
+    assert [x[4] for x in DRIVER.launches] == [7, 7, 8, 8]
+
+
+def descriptors():
+    x = torch.zeros(64, 64, dtype=BF16)
+    b = torch.zeros(64 * 64, dtype=BF16)
+    again = Launch(_descriptor_kernel, (1,), ROWS=16, COLUMNS=32)
+    narrow = Launch(_descriptor_kernel, (1,), ROWS=16, COLUMNS=16)
+
+    def of(x, *block):
+        fields = {"base": x, "shape": x.shape, "strides": x.stride(), "block_shape": list(block)}
+        made = unchecked(TensorDescriptor, **fields)
+        assert made == TensorDescriptor(**fields) and made.padding == "zero"
+        return made
+
+    for run, block in ((again, (16, 32)), (narrow, (16, 16))):
+        names = []
+        for _ in range(3):
+            DRIVER.launches.clear()
+            run(a_desc=of(x, *block), b_ptr=b)
+            (recorded,) = DRIVER.launches
+            names.append(recorded[0])
+            assert recorded[10].base is x
+        assert len(set(names)) == 1
+    # another dtype, another block: another key
+    assert len(again._compiled) == 1
+    again(a_desc=of(x.half(), 16, 32), b_ptr=b)
+    assert len(again._compiled) == 2
+    keys = list(again._compiled)
+    assert keys[0] != keys[1]
+    tensors = {"b_ptr": b}
+    constants = {"ROWS": 16, "COLUMNS": 32}
+    found = {triton_key(_descriptor_kernel, {"a_desc": of(y, 16, 32), **tensors}, constants) for y in (x, x.half())}
+    assert len(found) == 2
+
+    layouts = [gl.NVMMASharedLayout(swizzle_byte_width=w, element_bitwidth=16, rank=2) for w in (32, 64, 64)]
+    made = [GluonDescriptor(x, x.shape, x.stride(), [16, 32], layout) for layout in layouts]
+    narrow, wide, same_as_wide = map(relaunch._descriptor_key, made)
+    assert wide == same_as_wide and len({narrow, wide, relaunch._descriptor_key(of(x, 16, 32))}) == 3
+
+    class Described:
+        """Not a descriptor that relaunch.py knows."""
+
+        base, block_shape = x, [16, 32]
+
+    assert relaunch._descriptor_key(Described()) == relaunch._UNKNOWN
+
+
+def observers():
+    """Whoever watches or changes launches sees each of them."""
+    constants = {"n": 16, "stride": 1, "scale": 0.5, "WIDTH": 16}
+    again = Launch(_kernel, (1,), **constants)
+    a, b = torch.zeros(64), torch.zeros(64)
+
+    def through_triton() -> bool:
+        BOUND.clear()
+        again(a_ptr=a, b_ptr=b, c_ptr=None)
+        return bool(BOUND)
+
+    assert through_triton() and not through_triton()
+
+    def hook(*args, **kwargs):
+        pass
+
+    runtime = knobs.runtime
+    for chain in (runtime.launch_enter_hook, runtime.launch_exit_hook):
+        chain.add(hook)
+        assert through_triton()
+        chain.remove(hook)
+        assert not through_triton()
+    for owner, name, value in (
+        (runtime, "launch_enter_hook", hook),
+        (runtime, "launch_exit_hook", hook),
+        (runtime, "debug", True),
+        (_kernel, "pre_run_hooks", [hook]),
+    ):
+        usual = getattr(owner, name)
+        setattr(owner, name, value)
+        assert through_triton(), name
+        setattr(owner, name, usual)
+        assert not through_triton(), name
+    chain, runtime.launch_enter_hook = runtime.launch_enter_hook, None
+    assert not through_triton()
+    runtime.launch_enter_hook = chain
+    run = triton.JITFunction.run
+    seen = []
+    triton.JITFunction.run = lambda self, *args, **kwargs: seen.append(self) or run(self, *args, **kwargs)
+    assert through_triton() and seen == [_kernel]
+    triton.JITFunction.run = run
+    assert not through_triton()
+
+    class Subclass(torch.Tensor):
+        pass
+
+    wrapped = a.as_subclass(Subclass)
+    for _ in range(2):
+        BOUND.clear()
+        again(a_ptr=wrapped, b_ptr=b, c_ptr=None)
+        assert BOUND
+    assert len(again._compiled) == 1
+    shuffled = Launch(_kernel, (1,), a_ptr=a, n=16, stride=1, scale=0.5, WIDTH=16)
+    for _ in range(2):  # a tensor among the constants: not the signature that relaunch.py expects
+        BOUND.clear()
+        shuffled(b_ptr=b, c_ptr=None)
+        assert BOUND
+
+
+def devices():
+    """A compiled kernel is loaded on one device."""
+    again = Launch(_kernel, (1,), n=16, stride=1, scale=0.5, WIDTH=16)
+    a, b = torch.zeros(64), torch.zeros(64)
+    for device in (0, 1, 0, 1):
+        DRIVER.device = device
+        DRIVER.launches.clear()
+        again(a_ptr=a, b_ptr=b, c_ptr=None)
+        assert DRIVER.launches[0][5] == f"_kernel on {device}"
+    assert len(again._compiled) == 2
+
+
+def every_kernel():
+    """Each kernel of the portable and the window backend is launched again around Triton, with the same arguments."""
+    gpt_oss = Case(256, heads=(16, 2), head_dim=64, dtype=BF16, window=(127, 0))
+    cases = [
+        gpt_oss,
+        Case(**{**gpt_oss.__dict__, "lengths_q": (200, 56), "dlse": True}),
+        Case(256, heads=(4, 2), head_dim=64, dtype=BF16, padding="left", sinks=None),
+    ]
+    for case in cases:
+        inputs = make_inputs(case)
+        call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True)
+        q, k, v = call.q, call.k, call.v
+        out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
+        dlse = lse.clone() if case.dlse else None
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        gradients.append(None if call.sinks is None else torch.empty_like(call.sinks))
+
+        def launches(call=call, out=out, lse=lse, dlse=dlse, gradients=gradients):
+            problem = launch.Problem(call)
+            DRIVER.launches.clear()
+            BOUND.clear()
+            forward.launch_forward(problem, out, lse)
+            backward.launch_backward(problem, out, lse, out, dlse, *gradients)
+            if call.mask.key_padding_mask is None:
+                window_forward.launch_forward(problem, out, lse)
+                window_backward.launch_backward(problem, lse, out, dlse, *gradients)
+            return list(DRIVER.launches), len(BOUND)
+
+        first, bound = launches()
+        assert 0 < bound <= len(first)  # some are launched several times
+        second, bound = launches()
+        assert bound == 0
+        for x, y in zip(first, second, strict=True):
+            assert x[:7] == y[:7]
+            for left, right in zip(x[10:], y[10:], strict=True):
+                same(left, right)
+
+
+def same(left, right) -> None:
+    """The same argument; workspaces, which are new at each call, only have the same kind."""
+    if isinstance(left, torch.Tensor):
+        assert isinstance(right, int) and (right % 16 == 0) == (left.data_ptr() % 16 == 0)
+    elif isinstance(left, TensorDescriptor):
+        assert left.base.dtype == right.base.dtype
+        assert (left.shape, left.strides, left.block_shape) == (right.shape, right.strides, right.block_shape)
+    else:
+        assert type(left) is type(right) and left == right
+
+
+if __name__ == "__main__":
+    globals()[sys.argv[1]]()
