@@ -22,7 +22,7 @@ help:
 	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
 	@echo "make lint      ruff check and ruff format --check"
-	@echo "make gpu-test  the tests that need a GPU, with the current Python"
+	@echo "make gpu-test  the tests that need a GPU, with the current Python (PYTEST_ARGS=\"-n 8 --dist loadgroup\" in parallel)"
 	@echo "make bench     benchmark on this machine's GPU, with the current Python"
 	@echo "make clean     remove .venv and the outputs"
 

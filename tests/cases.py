@@ -140,11 +140,13 @@ def _mask(case: Case, seqlen_k: int, device: str) -> Mask:
     return Mask(case.window[0], 0 if case.causal else case.window[1], cu_q, cu_k, padding, used)
 
 
-def run(case: Case, inputs: Inputs, implementation: str = "triton") -> dict[str, Tensor]:
+def run(
+    case: Case, inputs: Inputs, implementation: str = "triton", deterministic: bool | None = None
+) -> dict[str, Tensor]:
     """out, lse and the gradients dq, dk, dv, dsink, always with a batch axis."""
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     sinks = None if inputs.sinks is None else inputs.sinks.detach().requires_grad_(case.sinks == "learned")
-    out, lse = call(case, inputs, q, k, v, sinks, implementation)
+    out, lse = call(case, inputs, q, k, v, sinks, implementation, deterministic)
     outputs, gradients = [out], [inputs.dout]
     if inputs.dlse is not None:
         outputs, gradients = [out, lse], [inputs.dout, inputs.dlse]
@@ -153,7 +155,9 @@ def run(case: Case, inputs: Inputs, implementation: str = "triton") -> dict[str,
     return results | {"out": out.detach(), "lse": lse.detach()}
 
 
-def call(case: Case, inputs: Inputs, q, k, v, sinks, implementation: str = "triton") -> tuple[Tensor, Tensor]:
+def call(
+    case: Case, inputs: Inputs, q, k, v, sinks, implementation: str = "triton", deterministic: bool | None = None
+) -> tuple[Tensor, Tensor]:
     """attention_sink for ``case`` on BSHD tensors: (out, lse), packed calls with their batch axis put back."""
     mask, packed = inputs.mask, inputs.mask.packed
     out, lse = attention_sink(
@@ -167,6 +171,7 @@ def call(case: Case, inputs: Inputs, q, k, v, sinks, implementation: str = "trit
         cu_seqlens_k=mask.cu_seqlens_k,
         key_padding_mask=mask.key_padding_mask,
         seqused_k=mask.seqused_k,
+        deterministic=deterministic,
         return_lse=True,
         implementation=implementation,
     )

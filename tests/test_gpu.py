@@ -70,6 +70,7 @@ def implementations(case: Case) -> list[str]:
     return ["triton"] + ["triton_window"] * window + ["triton_hopper"] * (is_hopper and hopper(case))
 
 
+@pytest.mark.xdist_group("40 GB")
 @pytest.mark.parametrize("layout", ["bshd", "bhsd"])
 def test_more_than_2_31_elements(layout):
     """q, out, dout and dq of 2.2e9 elements; rows around the 2^31st element and at both ends against fp64."""
@@ -232,6 +233,18 @@ def test_auto_takes_a_kernel_on_a_gpu():
     inputs = make_inputs(Case(128, dtype=BF16, **GPT_OSS), "cuda")
     explanation = explain(inputs.q, inputs.k, inputs.v, inputs.sinks)
     assert explanation.implementation != "reference"
+
+
+def test_deterministic_gradients_are_bit_exact():
+    """What adds up dq in no fixed order is left out, and refused where it is asked for by name."""
+    case = Case(2048, dtype=BF16, lengths_q=(1500, 548), **GPT_OSS)
+    inputs = make_inputs(case, "cuda")
+    first, second = (run(case, inputs, "auto", deterministic=True) for _ in range(2))
+    for name, value in first.items():
+        assert torch.equal(value, second[name]), name
+    if torch.cuda.get_device_capability() == (9, 0):
+        with pytest.raises(ValueError, match="no fixed order"):
+            run(case, inputs, "triton_hopper", deterministic=True)
 
 
 def test_checks_of_values_are_opt_in(monkeypatch):

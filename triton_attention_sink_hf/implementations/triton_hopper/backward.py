@@ -21,15 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, planned, strides
 from ..triton.primitives import exp
 from ..triton.reduce import sum_rows
+from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
-from .launch import padded, rows_descriptor, section_of_heads, table_slots, tile_table
+from .launch import padded, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
 from .schedule import block_plan, interval, tile_count, work_item
 
 LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
@@ -410,7 +410,7 @@ def _hopper_bwd_kernel(
 def _plan(
     problem: Problem, segments: int, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides
 ) -> tuple:
-    """Constants of the three launches, and the sizes that their grids need."""
+    """Tiles of queries, and the three launches."""
     call, mask, config = problem.call, problem.call.mask, backward_config(problem)
     q_tiles = ceil_div(problem.seqlen_q, ROWS)
     slots = table_slots(problem.seqlen_k, segments, KEYS)
@@ -470,37 +470,41 @@ def _plan(
         "DQ_REGISTERS": config.registers[1],
         "num_warps": 4,
     }
-    return q_tiles, tiles * problem.batch * problem.heads_k, prepare, main, finish
+    rows = (problem.heads_q, q_tiles, problem.batch)
+    return (
+        q_tiles,
+        Launch(_prepare_kernel, rows, **prepare),
+        Launch(_hopper_bwd_kernel, (tiles * problem.batch * problem.heads_k,), **main),
+        Launch(_finish_kernel, rows, **finish),
+    )
 
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, dk, dv, and dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call = problem.call
     cu = call.mask.cu_seqlens_k
-    q_tiles, programs, prepare, main, finish = _plan(
+    q_tiles, prepare, main, finish = _plan(
         problem, 0 if cu is None else cu.numel() - 1, out.stride(), dout.stride(),
         None if dlse is None else dlse.stride(), dq.stride(), dk.stride(), dv.stride(),
     )  # fmt: skip
     batch, heads = problem.batch, problem.heads_q
     buffer = lse.new_empty(call.q.shape)
-    statistics = lse.new_empty(2, batch * heads, prepare["padded_q"])
+    statistics = lse.new_empty(2, batch * heads, q_tiles * ROWS)
     dsink_parts = None if dsinks is None else lse.new_empty(batch * q_tiles, heads)
-    grid = (heads, q_tiles, batch)
-    _prepare_kernel[grid](
+    prepare(
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=buffer,
-        statistics_ptr=statistics, dsink_ptr=dsink_parts, **prepare,
+        statistics_ptr=statistics, dsink_ptr=dsink_parts,
     )  # fmt: skip
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
     key_ranges = unused if ranges is None else ranges[2 * problem.seqlen_q :]
-    row_layout = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-    _hopper_bwd_kernel[(programs,)](
+    main(
         q_desc=rows_descriptor(call.q, BLOCK_M),
         dout_desc=rows_descriptor(dout, BLOCK_M),
         k_desc=rows_descriptor(call.k, 64),
         v_desc=rows_descriptor(call.v, 64),
-        lse_desc=TensorDescriptor.from_tensor(statistics[0], [1, BLOCK_M], row_layout),
-        delta_desc=TensorDescriptor.from_tensor(statistics[1], [1, BLOCK_M], row_layout),
+        lse_desc=statistics_descriptor(statistics[0], BLOCK_M),
+        delta_desc=statistics_descriptor(statistics[1], BLOCK_M),
         dq_desc=rows_descriptor(buffer, BLOCK_M, 64),
         k_ptr=call.k,
         v_ptr=call.v,
@@ -508,8 +512,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dv_ptr=dv,
         ranges_ptr=key_ranges,
         table_ptr=unused if ranges is None else tile_table(cu, key_ranges, problem.seqlen_k, KEYS),
-        **main,
     )
-    _finish_kernel[grid](buffer_ptr=buffer, dq_ptr=dq, **finish)
+    finish(buffer_ptr=buffer, dq_ptr=dq)
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

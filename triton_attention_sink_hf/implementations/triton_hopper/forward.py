@@ -17,6 +17,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..triton.launch import Problem, ceil_div, planned, strides
+from ..triton.relaunch import Launch
 from .config import FORWARD_L2_BYTES, forward_config
 from .gluon_compat import async_load
 from .launch import multiprocessors, padded, rows_descriptor, section_of_heads, table_slots, tile_table
@@ -352,7 +353,7 @@ def _hopper_fwd_kernel(
 
 @planned
 def _plan(problem: Problem, out_strides, segments: int) -> tuple:
-    """Grid, config, rows of a tile, constants."""
+    """Config, rows of a tile, launch."""
     call, mask, config = problem.call, problem.call.mask, forward_config(problem)
     tile = 64 * config.consumers
     heads = problem.batch * problem.heads_q
@@ -388,17 +389,18 @@ def _plan(problem: Problem, out_strides, segments: int) -> tuple:
         "PRODUCER_REGISTERS": config.registers[1],
         "num_warps": 4,
     }
-    return (min(tiles * heads, multiprocessors(call.q.device)),), config, tile, constants
+    grid = (min(tiles * heads, multiprocessors(call.q.device)),)
+    return config, tile, Launch(_hopper_fwd_kernel, grid, **constants)
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
     cu = call.mask.cu_seqlens_q
-    grid, config, tile, constants = _plan(problem, out.stride(), 0 if cu is None else cu.numel() - 1)
+    config, tile, launch = _plan(problem, out.stride(), 0 if cu is None else cu.numel() - 1)
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
-    _hopper_fwd_kernel[grid](
+    launch(
         q_desc=rows_descriptor(call.q, 64),
         k_desc=rows_descriptor(call.k, config.block_n),
         v_desc=rows_descriptor(call.v, config.block_n),
@@ -407,5 +409,4 @@ def launch_forward(problem: Problem, out, lse) -> None:
         sink_ptr=unused if problem.sinks is None else problem.sinks,
         ranges_ptr=unused if ranges is None else ranges,
         table_ptr=unused if ranges is None else tile_table(cu, ranges, problem.seqlen_q, tile),
-        **constants,
     )

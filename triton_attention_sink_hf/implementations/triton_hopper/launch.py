@@ -9,7 +9,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..triton.launch import Problem, ceil_div, next_power_of_2
+from ..triton.launch import MAX_PLANS, Problem, ceil_div, next_power_of_2
+from ..triton.relaunch import Launch, unchecked
 from .schedule import _tile_table_kernel
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -26,12 +27,38 @@ def padded(d: int) -> int:
 
 
 def rows_descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """Blocks of (1, 1, rows, columns) of a BSHD tensor seen as BHSD; what lies outside reads as 0, is not written."""
+    """Blocks of (1, 1, rows, columns) of a BSHD tensor seen as BHSD; what lies outside reads as 0, is not written.
+
+    x must be what the copy engine can address: strides and address in multiples of 16 bytes, the last stride 1.
+    """
     b, t, h, d = x.shape
     stride_b, stride_t, stride_h, stride_d = x.stride()
     block = [1, 1, rows, columns or padded(d)]
-    layout = _shared_layout(rows, block[3], x.dtype)
-    return TensorDescriptor(x, [b, h, t, d], [stride_b, stride_h, stride_t, stride_d], block, layout)
+    return unchecked(
+        TensorDescriptor,
+        base=x,
+        shape=[b, h, t, d],
+        strides=[stride_b, stride_h, stride_t, stride_d],
+        block_shape=block,
+        layout=_shared_layout(rows, block[3], x.dtype),
+        padding="zero",
+    )
+
+
+_ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def statistics_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
+    """Blocks of (1, rows) of fp32 (heads, padded rows), contiguous."""
+    return unchecked(
+        TensorDescriptor,
+        base=x,
+        shape=list(x.shape),
+        strides=list(x.stride()),
+        block_shape=[1, rows],
+        layout=_ROW,
+        padding="zero",
+    )
 
 
 def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
@@ -57,14 +84,26 @@ def tile_table(cu_seqlens: Tensor, ranges: Tensor, rows: int, tile: int) -> Tens
     int32 (1 + 2 slots): their number, their first rows, the ends of their segments.
     """
     segments = cu_seqlens.numel() - 1
-    slots = table_slots(rows, segments, tile)
-    table = torch.empty(1 + 2 * slots, dtype=torch.int32, device=ranges.device)
-    block = 64
-    _tile_table_kernel[(ceil_div(slots, block),)](
-        table_ptr=table, cu_ptr=cu_seqlens.contiguous(), ranges_ptr=ranges, n_segments=segments, n_rows=rows,
-        slots=slots, search_steps=segments.bit_length(), TILE=tile, BLOCK=block,
-    )  # fmt: skip
+    table = torch.empty(1 + 2 * table_slots(rows, segments, tile), dtype=torch.int32, device=ranges.device)
+    launch = _table_launch(segments, rows, tile)
+    launch(table_ptr=table, cu_ptr=cu_seqlens.contiguous(), ranges_ptr=ranges)
     return table
+
+
+@functools.lru_cache(MAX_PLANS)
+def _table_launch(segments: int, rows: int, tile: int) -> Launch:
+    slots = table_slots(rows, segments, tile)
+    block = 64
+    return Launch(
+        _tile_table_kernel,
+        (ceil_div(slots, block),),
+        n_segments=segments,
+        n_rows=rows,
+        slots=slots,
+        search_steps=segments.bit_length(),
+        TILE=tile,
+        BLOCK=block,
+    )
 
 
 @functools.cache

@@ -1,0 +1,101 @@
+"""When the Hopper kernels serve a call, and what serves it when they cannot. The card is pretended; nothing runs."""
+
+import importlib
+import sys
+from dataclasses import replace
+
+import pytest
+import torch
+from cases import Case, cu_seqlens, make_inputs
+
+pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this triton has no Gluon for Hopper")
+
+from triton_attention_sink_hf import explain, implementations
+from triton_attention_sink_hf.call import Call
+from triton_attention_sink_hf.implementations import triton_hopper, unsupported_reason
+from triton_attention_sink_hf.masks import Mask
+
+BF16 = torch.bfloat16
+
+
+@pytest.fixture
+def hopper_card(monkeypatch):
+    monkeypatch.setattr(triton_hopper, "target_name", lambda device: "sm90")
+
+
+def _call(seqlen=512, head_dim=64, dtype=BF16, mask=None, scale=0.125, softcap=0.0, deterministic=False):
+    inputs = make_inputs(Case(seqlen, heads=(4, 2), head_dim=head_dim, dtype=dtype))
+    return Call(inputs.q, inputs.k, inputs.v, inputs.sinks, mask or Mask(-1, 0), scale, softcap, deterministic)
+
+
+def test_what_it_serves(hopper_card):
+    cu = cu_seqlens((300, 212))
+    for call in (
+        _call(),
+        _call(dtype=torch.float16),
+        _call(head_dim=(192, 128)),
+        _call(mask=Mask(-1, -1)),
+        _call(mask=Mask(127, 0)),
+        _call(mask=Mask(-1, 0, cu, cu)),
+    ):
+        assert triton_hopper.supports(call) is None
+        assert triton_hopper.avoid(call) is None
+
+
+@pytest.mark.parametrize(
+    ("changes", "reason"),
+    [
+        ({"deterministic": True}, "in no fixed order"),
+        ({"mask": Mask(-1, 0, key_padding_mask=torch.ones(1, 512, dtype=torch.bool))}, "key_padding_mask"),
+        ({"mask": Mask(-1, 0, seqused_k=torch.tensor([5], dtype=torch.int32))}, "seqused_k"),
+        ({"softcap": 5.0}, "no softcap"),
+        ({"scale": -1.0}, "positive softmax_scale"),
+        ({"dtype": torch.float32}, "bfloat16 or float16"),
+        ({"head_dim": 32}, "above 32"),
+    ],
+    ids=lambda x: None if isinstance(x, dict) else x.replace(" ", "-"),
+)
+def test_what_it_does_not_serve(hopper_card, changes, reason):
+    assert reason in triton_hopper.supports(_call(**changes))
+
+
+def test_memory_that_the_copy_engine_cannot_address(hopper_card):
+    call = _call()
+    wide = torch.zeros(1, 512, 4, 65, dtype=BF16)
+    for q in (wide[..., :64], wide[..., ::2], torch.zeros(512 * 256 + 1, dtype=BF16)[1:].view(1, 512, 4, 64)):
+        assert "q must be 16-byte aligned" in triton_hopper.supports(replace(call, q=q))
+    expanded = call.k[:, :, :1].expand(-1, -1, 2, -1)
+    assert "k must be 16-byte aligned" in triton_hopper.supports(replace(call, k=expanded))
+
+
+@pytest.mark.parametrize(
+    ("call", "reason"),
+    [
+        (_call(seqlen=1), "fewer than 64 queries"),
+        (_call(mask=Mask(-1, 0, cu_seqlens((32,) * 16), cu_seqlens((32,) * 16))), "less than 256 tokens on average"),
+    ],
+    ids=["decode", "many short rows"],
+)
+def test_auto_leaves_to_others_what_they_do_faster(hopper_card, call, reason):
+    assert unsupported_reason("triton_hopper", call) is None
+    assert reason in triton_hopper.avoid(call)
+
+
+def test_another_card_is_a_reason():
+    inputs = make_inputs(Case(128, dtype=BF16))
+    explanation = explain(inputs.q, inputs.k, inputs.v)
+    assert "need sm90, got cpu" in explanation.reasons["triton_hopper"]
+
+
+def test_a_triton_that_it_was_not_compiled_with_falls_back(monkeypatch):
+    config = importlib.import_module("triton_attention_sink_hf.implementations.triton_hopper.config")
+    monkeypatch.setattr(config, "triton_version", lambda: (9, 9))
+    monkeypatch.delattr(implementations, "triton_hopper")
+    monkeypatch.delitem(sys.modules, "triton_attention_sink_hf.implementations.triton_hopper")
+    implementations.load.cache_clear()
+    try:
+        reason = unsupported_reason("triton_hopper", _call())
+        assert "triton must be 3.6 to 3.9" in reason and "got 9.9" in reason
+        assert unsupported_reason("triton", _call()) is None
+    finally:
+        implementations.load.cache_clear()
