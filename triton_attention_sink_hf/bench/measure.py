@@ -22,7 +22,9 @@ from .peers import GRADIENTS, PEERS, Runner, Unsupported
 
 # A wrong kernel is off by 0.1 or more; bf16 gradients of these shapes stay under 0.02 for every right one.
 LIMIT = {"out": 0.01, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dsink": 0.05}
-WARMUP_MS, REPEAT_MS = 25, 100
+WARMUP_MS, REPEAT_MS, MAX_REPEATS = 25, 100, 200
+CYCLES_PER_US = 2000  # at least the clock of any card, so that a wait is not too short
+L2_BYTES = 256 * 2**20  # more than any card's L2
 
 
 def make_tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
@@ -39,8 +41,31 @@ def make_tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
 
 
 def time_ms(function: Callable) -> dict[str, float]:
-    """Median, 20th and 80th percentile in ms, L2 flushed between repetitions."""
-    median, low, high = triton.testing.do_bench(function, warmup=WARMUP_MS, rep=REPEAT_MS, quantiles=[0.5, 0.2, 0.8])
+    """Median, 20th and 80th percentile in ms of the time on the device, L2 flushed between repetitions.
+
+    As ``triton.testing.do_bench``, but the device is kept busy until the host has issued the call: in training the host
+    runs ahead too, and otherwise the short kernels of a window would be timed by their launches. ``host_us`` says what
+    these take.
+    """
+    host = host_us(function, calls=5)
+    idle_cycles = int(1.5 * host * CYCLES_PER_US)
+    flush = torch.empty(L2_BYTES, dtype=torch.int8, device="cuda")
+    start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+
+    def once() -> float:
+        flush.zero_()
+        torch.cuda._sleep(idle_cycles)
+        start.record()
+        function()
+        end.record()
+        torch.cuda.synchronize()
+        return start.elapsed_time(end)
+
+    estimate = sorted(once() for _ in range(3))[1]
+    for _ in range(max(1, int(WARMUP_MS / estimate))):
+        once()
+    samples = torch.tensor([once() for _ in range(min(max(5, int(REPEAT_MS / estimate)), MAX_REPEATS))])
+    median, low, high = samples.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
     return {"ms": median, "ms_p20": low, "ms_p80": high}
 
 
@@ -77,6 +102,7 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
     want = oracles(case, tensors)
     for name in names:
         row = {"case": case.name, "implementation": name}
+        began = time.perf_counter()
         try:
             runner = PEERS[name](case, tensors)
             row["errors"] = _check(runner, want)
@@ -86,6 +112,7 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
         except Exception as error:  # a peer may fail in any way; the table says how
             yield {**row, "problem": f"{type(error).__name__}: {str(error)[:300]}"}
             continue
+        log(f"{case.name}: {name} built and checked ({time.perf_counter() - began:.1f} s)")
         bad = {key: value for key, value in row["errors"].items() if not value <= LIMIT[key]}
         if bad:
             yield {**row, "problem": f"wrong: relative error {bad}"}
@@ -94,7 +121,7 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
             function = getattr(runner, direction)
             if function is None:
                 continue
-            log(f"{case.name}: {name}, {direction}")
+            began = time.perf_counter()
             yield {
                 **row,
                 "direction": direction,
@@ -102,6 +129,7 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
                 "host_us": host_us(function),
                 "extra_bytes": extra_memory(function),
             }
+            log(f"{case.name}: {name}, {direction} ({time.perf_counter() - began:.1f} s)")
         del runner
         gc.collect()
         torch.cuda.empty_cache()

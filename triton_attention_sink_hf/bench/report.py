@@ -9,6 +9,16 @@ from .cases import CASES, GPT_OSS_PAIR, Case
 OURS = "ours"
 
 
+COLOURS = {
+    OURS: "#d1495b",
+    "FlashAttention-4": "#00798c",
+    "FlashAttention-3": "#30638e",
+    "cuDNN": "#8d96a3",
+    "FlexAttention": "#edae49",
+    "fla": "#66a182",
+}  # eager is no speed to compare with
+
+
 def floor_ms(case: Case, direction: str, ceilings: dict[str, float]) -> float:
     """No kernel is faster: operations over the matrix rate or bytes over the copy rate, whichever takes longer."""
     compute = case.flops(direction) / ceilings["matmul_tflop_s"] / 1e9
@@ -97,22 +107,21 @@ def plot(lines: list[dict], title: str, directory: Path) -> list[Path]:
         chosen = [line for line in lines if line["direction"] == direction]
         if not chosen:
             continue
-        names = [OURS, *sorted({name for line in chosen for name in line["peers_ms"]} - {"eager"})]
+        names = [name for name in COLOURS if any(name == OURS or name in line["peers_ms"] for line in chosen)]
         figure, axis = plt.subplots(figsize=(11, 0.62 * len(chosen) + 1.6))
         height = 0.84 / len(names)
-        colors = ["#d1495b", "#30638e", "#00798c", "#edae49", "#8d96a3", "#66a182"]
         for n, name in enumerate(names):
             speeds = []
             for line in chosen:
                 ms = line["ms"] if name == OURS else line["peers_ms"].get(name)
                 speeds.append(line["ms"] / ms * line["tflop_s"] if ms else 0.0)
             y = [row + (n - (len(names) - 1) / 2) * height for row in range(len(chosen))]
-            axis.barh(y, speeds, height, label=name, color=colors[n % len(colors)])
+            axis.barh(y, speeds, height, label=name, color=COLOURS[name])
         axis.set_yticks(range(len(chosen)), [line["case"] for line in chosen])
         axis.invert_yaxis()
         axis.set_xlabel("TFLOP/s of visible scores (more is better)")
-        axis.set_title(f"{direction}, {title}")
-        axis.legend(loc="upper right", frameon=False)
+        axis.set_title(f"{direction}, {title}", pad=30)
+        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
         path = directory / f"{direction}.png"

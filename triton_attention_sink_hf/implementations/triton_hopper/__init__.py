@@ -54,13 +54,11 @@ def avoid(call: Call) -> str | None:
 
 
 def _addressable(x: Tensor) -> bool:
-    size = x.element_size()
-    aligned = x.storage_offset() if torch.compiler.is_compiling() else x.data_ptr() // size
-    return (
-        x.stride(-1) == 1
-        and aligned * size % 16 == 0
-        and all(stride > 0 and stride * size % 16 == 0 for stride in x.stride()[:-1])
-    )
+    b, t, h, d = x.stride()
+    unit = 16 // x.element_size()
+    if d != 1 or b % unit or t % unit or h % unit or min(b, t, h) <= 0:
+        return False
+    return x.storage_offset() % unit == 0 if torch.compiler.is_compiling() else x.data_ptr() % 16 == 0
 
 
 def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:

@@ -158,23 +158,27 @@ def _window_fwd_kernel(
             if OWN_LO:
                 own = own & (n_own[None, :] >= lo[:, None])
             s_own = tl.where(own, s_own, float("-inf"))
-            # the maximum in natural units, so that a row that the sink dominates has lse = sink exactly
             top = tl.maximum(tl.max(tl.maximum(s_far, s_near), 1), tl.max(s_own, 1)) * softmax_scale
-            if HAS_SINK:
-                top = tl.maximum(top, sink)
-            top = tl.where(top == float("-inf"), 0.0, top)
-            m = top * LOG2E
+            m = tl.where(top == float("-inf"), 0.0, top) * LOG2E
             p_far = tl.exp2(s_far * scale - m[:, None])
             p_near = tl.exp2(s_near * scale - m[:, None])
             p_own = tl.exp2(s_own * scale - m[:, None])
             l = tl.sum(p_far + p_near, 1) + tl.sum(p_own, 1)
-            if HAS_SINK:
-                l += tl.exp2((sink - top) * LOG2E)
             out = matmul(p_far.to(v_far.dtype), v_far)
             out = matmul(p_near.to(v_near.dtype), v_near, out)
             out = matmul(p_own.to(v_own.dtype), v_own, out)
+            # The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink
+            # dominates has lse = sink exactly.
+            if HAS_SINK:
+                keys = top
+                top = tl.maximum(top, sink)
+                top = tl.where(top == float("-inf"), 0.0, top)
+                keys = tl.exp2((keys - top) * LOG2E)
+                l = l * keys + tl.exp2((sink - top) * LOG2E)
+            else:
+                keys = 1.0
             empty = l == 0.0
-            out = out * (1.0 / tl.where(empty, 1.0, l))[:, None]
+            out = out * (keys / tl.where(empty, 1.0, l))[:, None]
             lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
             store_queries(
                 out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
