@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 from .cases import CASES, GPT_OSS_PAIR, Case
@@ -92,6 +93,14 @@ def table(lines: list[dict]) -> str:
 def problems(rows: list[dict]) -> list[str]:
     """What was not measured, and why."""
     return sorted({f"{row['case']}: {row['implementation']}: {row['problem']}" for row in rows if "problem" in row})
+
+
+def measured_before(path: Path, environment: dict[str, str]) -> list[dict]:
+    """Rows of an earlier run that was cut short, if it had the same environment on the same day; else none."""
+    if not path.exists():
+        return []
+    result = json.loads(path.read_text())
+    return result["rows"] if result["environment"] == environment else []
 
 
 def plot(lines: list[dict], title: str, directory: Path) -> list[Path]:

@@ -19,6 +19,9 @@ def bench(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("benchmarks/results"),
     plots: Annotated[bool, typer.Option(help="Draw forward.png and backward.png (needs matplotlib).")] = True,
+    resume: Annotated[
+        bool, typer.Option(help="Keep the cases that bench.json already has from this card, software and commit.")
+    ] = False,
     prepare: Annotated[
         int, typer.Option(help="Compile in this many processes first; peers take 10 to 40 s a case.")
     ] = 0,
@@ -51,9 +54,12 @@ def bench(
         for case in chosen:
             run_once(case, names)
         return
+    card = environment()
+    rows = report.measured_before(output / "bench.json", card) if resume else []
+    chosen = [case for case in chosen if case.name not in {row["case"] for row in rows}]
     if prepare:
         compile_all(chosen, names, extra_path or [], prepare, log=typer.echo)
-    card, rates, rows = environment(), ceilings(), []
+    rates = ceilings()
     typer.echo(f"{card['card']}: copy {rates['copy_tb_s']:.2f} TB/s, bf16 matmul {rates['matmul_tflop_s']:.0f} TFLOP/s")
     for case in chosen:
         rows += measure(case, names, log=typer.echo)

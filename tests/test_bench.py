@@ -1,0 +1,75 @@
+"""What the benchmark says of measured rows: ratios to the best peer, floors, the table, an interrupted run, plots."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from triton_attention_sink_hf.bench import report
+from triton_attention_sink_hf.bench.cases import CASES, SHORT, UNEVEN, Case
+
+CEILINGS = {"copy_tb_s": 3.0, "matmul_tflop_s": 700.0}
+RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
+
+
+def _row(implementation, direction, ms, case="full-8k"):
+    times = {"ms": ms, "ms_p20": ms, "ms_p80": ms, "host_us": 50.0, "extra_bytes": 0}
+    return {"case": case, "implementation": implementation, "direction": direction, **times}
+
+
+def test_visible_scores_and_bytes():
+    dense = Case("dense", 2, 4, heads_q=3, heads_k=1, head_dim=8)
+    assert dense.visible_scores == 2 * 3 * (1 + 2 + 3 + 4)
+    assert Case("window", 1, 5, heads_q=1, heads_k=1, window=2).visible_scores == 1 + 2 + 2 + 2 + 2
+    assert Case("packed", 1, 5, heads_q=1, heads_k=1, lengths=(2, 3)).visible_scores == 3 + 6
+    assert dense.flops("forward") == 4 * 8 * dense.visible_scores
+    assert dense.flops("backward") == 10 * 8 * dense.visible_scores
+    assert dense.bytes("forward") == 8 * (2 * 3 * 8 * 2 + 2 * 1 * 8 * 2 + 3 * 4)
+
+
+def test_cases_are_what_their_names_say():
+    assert len({case.name for case in CASES}) == len(CASES)
+    assert sum(UNEVEN) == 32768 and min(UNEVEN) == 1 and max(UNEVEN) == 16384
+    assert len(SHORT) == 1000
+    for case in CASES:
+        assert case.lengths is None or (sum(case.lengths) == case.seqlen and case.batch == 1)
+
+
+def test_the_best_peer_is_the_fastest_that_ran_in_that_direction():
+    rows = [
+        _row("ours", "forward", 2.0),
+        _row("FlashAttention-4", "forward", 3.0),
+        _row("cuDNN", "forward", 2.5),
+        {"case": "full-8k", "implementation": "fla", "problem": "wrong: relative error"},
+        _row("ours", "backward", 4.0),
+        _row("FlashAttention-4", "backward", 2.0),
+    ]
+    forward, backward = report.summarise(rows, CEILINGS)
+    assert (forward["best_peer"], forward["speedup"]) == ("cuDNN", pytest.approx(1.25))
+    assert (backward["best_peer"], backward["speedup"]) == ("FlashAttention-4", pytest.approx(0.5))
+    assert report.problems(rows) == ["full-8k: fla: wrong: relative error"]
+
+
+def test_results_in_the_repository_say_what_their_rows_say():
+    result = json.loads((RESULTS / "2026-11-24-h100.json").read_text())
+    assert report.summarise(result["rows"], result["ceilings"]) == result["summary"]
+    assert report.pair_ms(result["rows"]) == result["gpt_oss_pair_ms"]
+    assert all("problem" not in row or row["implementation"] != "ours" for row in result["rows"])
+
+
+def test_an_interrupted_run_goes_on_only_in_its_own_environment(tmp_path):
+    path = tmp_path / "bench.json"
+    environment = {"card": "H100", "commit": "abc"}
+    assert report.measured_before(path, environment) == []
+    rows = [_row("ours", "forward", 2.0)]
+    path.write_text(json.dumps({"environment": environment, "rows": rows}))
+    assert report.measured_before(path, environment) == rows
+    assert report.measured_before(path, {**environment, "card": "H200"}) == []
+
+
+def test_plots(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the bench extra")
+    result = json.loads((RESULTS / "2026-11-24-h100.json").read_text())
+    paths = report.plot(result["summary"], "a card", tmp_path)
+    assert [path.name for path in paths] == ["forward.png", "backward.png"]
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in paths)
