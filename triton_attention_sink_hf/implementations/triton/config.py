@@ -72,7 +72,7 @@ _DKV = {
 _MMA_SYNC = {
     "forward": {
         "narrow": KernelConfig(128, 64, 8, 2),
-        "medium": KernelConfig(64, 64, 4, 2),
+        "medium": KernelConfig(64, 32, 4, 2),
         "wide": KernelConfig(32, 32, 4, 2),
     },
     "dq": {"narrow": KernelConfig(64, 64, 8, 2)},
