@@ -177,7 +177,6 @@ def spilled(kernel) -> int:
 def main(target: str, cases: dict[str, Case]) -> None:
     driver.set_active(Driver(target_of(target)))
     launch.target_name = lambda device: target
-    hopper_forward.multiprocessors = lambda device: 132
     for name, case in cases.items():
         for kernel_name, kernel in compile_case(case):
             row = {"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared, "spilled": spilled(kernel)}

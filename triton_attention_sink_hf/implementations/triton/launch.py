@@ -175,15 +175,17 @@ def strides(name: str, stride: tuple[int, ...]) -> dict:
 
 
 def use_tma(problem: Problem, *tensors: Tensor) -> bool:
-    """Whether Hopper's copy engine can address the tensors: last dimension contiguous, all else 16-byte aligned."""
-    if problem.target not in TMA_TARGETS:
+    """Whether the target has Hopper's copy engine and it can address the tensors."""
+    return problem.target in TMA_TARGETS and all(map(addressable, tensors))
+
+
+def addressable(x: Tensor) -> bool:
+    """Last dimension of BSHD contiguous, all else in multiples of 16 bytes; traced tensors have no address to ask."""
+    b, t, h, d = x.stride()
+    unit = 16 // x.element_size()
+    if d != 1 or b % unit or t % unit or h % unit or min(b, t, h) <= 0:
         return False
-    for x in tensors:
-        b, t, h, d = x.stride()
-        unit = 16 // x.element_size()
-        if d != 1 or b % unit or t % unit or h % unit or min(b, t, h) <= 0 or x.data_ptr() % 16:
-            return False
-    return True
+    return x.storage_offset() % unit == 0 if torch.compiler.is_compiling() else x.data_ptr() % 16 == 0
 
 
 def descriptor(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
@@ -210,3 +212,9 @@ def target_name(device: torch.device) -> str:
     if torch.version.hip:
         return properties.gcnArchName.split(":")[0]
     return f"sm{properties.major}{properties.minor}"
+
+
+@functools.lru_cache
+def multiprocessors(device: torch.device) -> int:
+    """Of a GPU; 4 for tensors that only the interpreter can take, so that persistent kernels loop there too."""
+    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

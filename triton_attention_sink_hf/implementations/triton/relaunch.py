@@ -21,7 +21,8 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 VERSIONS = (3, 6), (3, 9)  # whose JITFunction.run and launchers were read
-_KNOWN_VERSION = VERSIONS[0] <= tuple(int(part) for part in triton.__version__.split(".")[:2]) <= VERSIONS[1]
+TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
+_KNOWN_VERSION = VERSIONS[0] <= TRITON <= VERSIONS[1]
 _RUN = JITFunction.run
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import triton as portable
-from ..triton.launch import Problem, target_name
+from ..triton.launch import Problem, addressable, target_name
 from .config import MAX_FUSED_DIM, MIN_MEAN_SEGMENT, MIN_QUERIES, TARGETS, TRITON_VERSIONS, triton_version
 
 if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
@@ -38,7 +38,7 @@ def supports(call: Call) -> str | None:
     if max(q.shape[-1], v.shape[-1]) <= 32:
         return "the Hopper kernels take head dimensions above 32"
     for name, x in (("q", q), ("k", k), ("v", v)):
-        if not _addressable(x):
+        if not addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
     return portable.supports(call)
 
@@ -51,14 +51,6 @@ def avoid(call: Call) -> str | None:
     if cu is not None and q.shape[1] < MIN_MEAN_SEGMENT * (cu.numel() - 1):
         return f"the portable kernels are faster for packed rows of less than {MIN_MEAN_SEGMENT} tokens on average"
     return None
-
-
-def _addressable(x: Tensor) -> bool:
-    b, t, h, d = x.stride()
-    unit = 16 // x.element_size()
-    if d != 1 or b % unit or t % unit or h % unit or min(b, t, h) <= 0:
-        return False
-    return x.storage_offset() % unit == 0 if torch.compiler.is_compiling() else x.data_ptr() % 16 == 0
 
 
 def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
@@ -85,7 +77,7 @@ def run_backward(
     Heads above MAX_FUSED_DIM, and calls that need no dk and dv, take the portable kernels.
     """
     if out.numel() and call.k.numel() and dk is not None and max(call.q.shape[-1], call.v.shape[-1]) <= MAX_FUSED_DIM:
-        dout = dout if _addressable(dout) else dout.contiguous()
+        dout = dout if addressable(dout) else dout.contiguous()
         launch_backward(Problem(call), out, lse, dout, dlse, dq, dk, dv, dsinks)
     else:
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)

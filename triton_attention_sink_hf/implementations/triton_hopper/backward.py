@@ -24,15 +24,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 
 from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, planned, strides
-from ..triton.primitives import exp
+from ..triton.primitives import LOG2E, exp
 from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
-from .launch import padded, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
+from .launch import call_constants, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
 from .schedule import block_plan, interval, tile_count, work_item
 
-LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
 ALIGN = 4  # the copy engine takes fp32 rows from multiples of 16 bytes only
@@ -81,7 +80,7 @@ def _prepare_kernel(
     lse = tl.load(lse_ptr + head * seqlen_q + i, mask=valid, other=float("-inf"))
     empty = lse == float("-inf")
     statistics = statistics_ptr + head * padded_q + i
-    tl.store(statistics, tl.where(empty, float("inf"), lse * 1.4426950408889634))
+    tl.store(statistics, tl.where(empty, float("inf"), lse * LOG2E))
     tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)
     d = tl.arange(0, BLOCK_D)[None, :]
     buffer = buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d
@@ -415,12 +414,7 @@ def _plan(
     q_tiles = ceil_div(problem.seqlen_q, ROWS)
     slots = table_slots(problem.seqlen_k, segments, KEYS)
     tiles = slots if mask.packed else ceil_div(problem.seqlen_k, KEYS)
-    dims = {
-        "D": call.q.shape[-1],
-        "DV": call.v.shape[-1],
-        "BLOCK_D": padded(call.q.shape[-1]),
-        "BLOCK_DV": padded(call.v.shape[-1]),
-    }
+    d, constants = call.q.shape[-1], call_constants(problem)
     prepare = {
         "seqlen_q": problem.seqlen_q,
         "padded_q": q_tiles * ROWS,
@@ -430,7 +424,10 @@ def _plan(
         **strides("do", dout_strides),
         **dlse_arguments(dlse_strides),
         "HAS_SINK": call.sinks is not None,
-        **dims,
+        "D": d,
+        "DV": constants["DV"],
+        "BLOCK_D": constants["BLOCK_D"],
+        "BLOCK_DV": constants["BLOCK_DV"],
         "ROWS": ROWS,
     }
     finish = {
@@ -438,18 +435,14 @@ def _plan(
         "seqlen_q": problem.seqlen_q,
         "heads_q": problem.heads_q,
         **strides("dq", dq_strides),
-        "D": dims["D"],
-        "BLOCK_D": dims["BLOCK_D"],
+        "D": d,
+        "BLOCK_D": constants["BLOCK_D"],
         "ROWS": ROWS,
     }
     main = {
-        "softmax_scale": call.softmax_scale,
-        "seqlen_q": problem.seqlen_q,
-        "seqlen_k": problem.seqlen_k,
+        **constants,
+        "D": d,
         "heads_k": problem.heads_k,
-        "group": problem.heads_q // problem.heads_k,
-        "left": mask.left,
-        "right": mask.right,
         "slots": slots,
         "tiles": tiles,
         "heads": problem.batch * problem.heads_k,
@@ -458,17 +451,12 @@ def _plan(
         **strides("v", call.v.stride()),
         **strides("dk", dk_strides),
         **strides("dv", dv_strides),
-        **dims,
         "STAGES": config.stages,
         "BLOCK_M": BLOCK_M,
         "KEYS": KEYS,
         "ALIGN": ALIGN,
-        "HAS_LEFT": mask.left >= 0,
-        "HAS_RIGHT": mask.right >= 0,
-        "PACKED": mask.packed,
         "CONSUMER_REGISTERS": config.registers[0],
         "DQ_REGISTERS": config.registers[1],
-        "num_warps": 4,
     }
     rows = (problem.heads_q, q_tiles, problem.batch)
     return (

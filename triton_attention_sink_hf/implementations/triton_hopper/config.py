@@ -4,16 +4,15 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-import triton
-
 from ..triton.launch import Problem
+from ..triton.relaunch import TRITON
 
 TARGETS = ("sm90",)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # Gluon's interface moves; these are compiled in the tests
 
 
 def triton_version() -> tuple[int, int]:
-    return tuple(int(part) for part in triton.__version__.split(".")[:2])
+    return TRITON
 
 
 class ForwardConfig(NamedTuple):

@@ -16,15 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, planned, strides
+from ..triton.launch import Problem, ceil_div, multiprocessors, planned, strides
+from ..triton.primitives import LN2, LOG2E
 from ..triton.relaunch import Launch
 from .config import FORWARD_L2_BYTES, forward_config
 from .gluon_compat import async_load
-from .launch import multiprocessors, padded, rows_descriptor, section_of_heads, table_slots, tile_table
+from .launch import call_constants, rows_descriptor, section_of_heads, table_slots, tile_table
 from .schedule import block_plan, interval, tile_count, work_item
 
-LOG2E: gl.constexpr = gl.constexpr(1.4426950408889634)
-LN2: gl.constexpr = gl.constexpr(0.6931471805599453)
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 
 
@@ -361,33 +360,21 @@ def _plan(problem: Problem, out_strides, segments: int) -> tuple:
     slots = table_slots(problem.seqlen_q, segments, tile)
     tiles = slots if mask.packed else ceil_div(problem.seqlen_q, tile)
     constants = {
-        "softmax_scale": call.softmax_scale,
-        "seqlen_q": problem.seqlen_q,
-        "seqlen_k": problem.seqlen_k,
+        **call_constants(problem),
         "heads_q": problem.heads_q,
-        "group": problem.heads_q // problem.heads_k,
-        "left": mask.left,
-        "right": mask.right,
         "slots": slots,
         "tiles": tiles,
         "heads": heads,
         "section": section_of_heads(problem, problem.heads_q, FORWARD_L2_BYTES // bytes_per_key),
         **strides("o", out_strides),
-        "DV": call.v.shape[-1],
-        "BLOCK_D": padded(call.q.shape[-1]),
-        "BLOCK_DV": padded(call.v.shape[-1]),
         "BLOCK_N": config.block_n,
         "CONSUMERS": config.consumers,
         "STAGES": config.stages,
         "Q_BUFFERS": config.q_buffers,
         "TURNS": config.turns,
         "HAS_SINK": call.sinks is not None,
-        "HAS_LEFT": mask.left >= 0,
-        "HAS_RIGHT": mask.right >= 0,
-        "PACKED": mask.packed,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
-        "num_warps": 4,
     }
     grid = (min(tiles * heads, multiprocessors(call.q.device)),)
     return config, tile, Launch(_hopper_fwd_kernel, grid, **constants)

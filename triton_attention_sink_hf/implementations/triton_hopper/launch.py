@@ -61,6 +61,26 @@ def statistics_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
     )
 
 
+def call_constants(problem: Problem) -> dict:
+    """Arguments that both directions take and that the call determines."""
+    call, mask = problem.call, problem.call.mask
+    return {
+        "softmax_scale": call.softmax_scale,
+        "seqlen_q": problem.seqlen_q,
+        "seqlen_k": problem.seqlen_k,
+        "group": problem.heads_q // problem.heads_k,
+        "left": mask.left,
+        "right": mask.right,
+        "HAS_LEFT": mask.left >= 0,
+        "HAS_RIGHT": mask.right >= 0,
+        "PACKED": mask.packed,
+        "DV": call.v.shape[-1],
+        "BLOCK_D": padded(call.q.shape[-1]),
+        "BLOCK_DV": padded(call.v.shape[-1]),
+        "num_warps": 4,
+    }
+
+
 def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
     """How many of B * ``heads`` to work on side by side, so that L2 serves what they share.
 
@@ -104,8 +124,3 @@ def _table_launch(segments: int, rows: int, tile: int) -> Launch:
         TILE=tile,
         BLOCK=block,
     )
-
-
-@functools.cache
-def multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count

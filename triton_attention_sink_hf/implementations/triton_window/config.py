@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from functools import lru_cache
 
-import torch
-
-from ..triton.launch import next_power_of_2
+from ..triton.launch import multiprocessors, next_power_of_2
 
 TARGETS = ("sm90", "cpu")  # where the numbers below were measured, and the interpreter
 MAX_LEFT = 128  # at 64 rows, 144 scores a row in fp32 are what the registers of 4 warps hold
@@ -55,9 +52,4 @@ def dkv_config(problem) -> WindowConfig:
 
 def programs(problem, config: WindowConfig) -> int:
     """Grid of a persistent kernel: what the card holds at once."""
-    return _multiprocessors(problem.call.q.device) * config.per_sm
-
-
-@lru_cache
-def _multiprocessors(device: torch.device) -> int:
-    return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4
+    return multiprocessors(problem.call.q.device) * config.per_sm
