@@ -45,6 +45,16 @@ def test_wrong_cu_seqlens_give_rows_that_exist(values):
     assert bool(((table[1:] >= 0) & (table[1:] <= rows)).all())
 
 
+@pytest.mark.parametrize("values", [[50, 128], [90, 30], [200, 250], [-5, 128]])
+def test_rows_before_the_first_segment_have_tiles(values):
+    rows, tile = 300, 64
+    cu, ranges = _ranges(torch.tensor(values, dtype=torch.int32), rows, causal=True)
+    table, slots = tile_table(cu, ranges, rows, tile), table_slots(rows, 1, tile)
+    firsts, ends = table[1 : 1 + slots].tolist(), table[1 + slots :].tolist()
+    written = {row for a, b in zip(firsts, ends, strict=True) for row in range(a, min(a + tile, b))}
+    assert written == set(range(rows))
+
+
 def _ranges(cu, rows: int, causal: bool):
     q = torch.empty(1, rows, 1, 16)
     return cu, Problem(Call(q, q, q, None, Mask(-1, 0 if causal else -1, cu, cu), 1.0, 0.0, False)).ranges

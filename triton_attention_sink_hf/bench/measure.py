@@ -22,7 +22,8 @@ from .peers import GRADIENTS, PEERS, Runner, Unsupported
 
 # A wrong kernel is off by 0.1 or more; bf16 gradients of these shapes stay under 0.02 for every right one.
 LIMIT = {"out": 0.01, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dsink": 0.05}
-WARMUP_MS, REPEAT_MS, MAX_REPEATS = 25, 100, 200
+# in turns, since a card's clock sinks as it warms: each implementation meets it in every state
+TURNS, WARMUP_MS, REPEAT_MS, MIN_REPEATS, MAX_REPEATS = 3, 15, 40, 3, 100
 CYCLES_PER_US = 2000  # at least the clock of any card, so that a wait is not too short
 L2_BYTES = 256 * 2**20  # more than any card's L2
 
@@ -40,8 +41,8 @@ def make_tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
     return {"q": q, "k": k, "v": v, "sinks": sinks, "dout": dout}
 
 
-def time_ms(function: Callable) -> dict[str, float]:
-    """Median, 20th and 80th percentile in ms of the time on the device, L2 flushed between repetitions.
+def device_ms(function: Callable) -> list[float]:
+    """Times on the device in ms, one per call, L2 flushed before each.
 
     As ``triton.testing.do_bench``, but the device is kept busy until the host has issued the call: in training the host
     runs ahead too, and otherwise the short kernels of a window would be timed by their launches. ``host_us`` says what
@@ -64,8 +65,12 @@ def time_ms(function: Callable) -> dict[str, float]:
     estimate = sorted(once() for _ in range(3))[1]
     for _ in range(max(1, int(WARMUP_MS / estimate))):
         once()
-    samples = torch.tensor([once() for _ in range(min(max(5, int(REPEAT_MS / estimate)), MAX_REPEATS))])
-    median, low, high = samples.quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
+    return [once() for _ in range(min(max(MIN_REPEATS, int(REPEAT_MS / estimate)), MAX_REPEATS))]
+
+
+def spread(samples: list[float]) -> dict[str, float]:
+    """Median, 20th and 80th percentile of times in ms."""
+    median, low, high = torch.tensor(samples).quantile(torch.tensor([0.5, 0.2, 0.8])).tolist()
     return {"ms": median, "ms_p20": low, "ms_p80": high}
 
 
@@ -97,9 +102,13 @@ def extra_memory(function: Callable) -> int:
 
 
 def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Iterator[dict]:
-    """One row per implementation and direction. A failed check or call gives a row with ``problem`` and no time."""
+    """One row per implementation and direction. A failed check or call gives a row with ``problem`` and no time.
+
+    All are checked first, then timed in turns.
+    """
     tensors = make_tensors(case)
     want = oracles(case, tensors)
+    rows, functions = {}, {}
     for name in names:
         row = {"case": case.name, "implementation": name}
         began = time.perf_counter()
@@ -118,21 +127,27 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
             yield {**row, "problem": f"wrong: relative error {bad}"}
             continue
         for direction in ("forward", "backward"):
-            function = getattr(runner, direction)
-            if function is None:
-                continue
-            began = time.perf_counter()
-            yield {
-                **row,
-                "direction": direction,
-                **time_ms(function),
-                "host_us": host_us(function),
-                "extra_bytes": extra_memory(function),
-            }
-            log(f"{case.name}: {name}, {direction} ({time.perf_counter() - began:.1f} s)")
-        del runner
-        gc.collect()
-        torch.cuda.empty_cache()
+            if function := getattr(runner, direction):
+                rows[name, direction], functions[name, direction] = row, function
+    del want
+    torch.cuda.empty_cache()
+    samples: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
+    for turn in range(TURNS):
+        began = time.perf_counter()
+        for key in list(functions)[:: -1 if turn % 2 else 1]:
+            samples[key] += device_ms(functions[key])
+        log(f"{case.name}: turn {turn + 1} of {TURNS} ({time.perf_counter() - began:.1f} s)")
+    for (name, direction), function in functions.items():
+        yield {
+            **rows[name, direction],
+            "direction": direction,
+            **spread(samples[name, direction]),
+            "host_us": host_us(function),
+            "extra_bytes": extra_memory(function),
+        }
+    functions.clear()
+    gc.collect()
+    torch.cuda.empty_cache()
 
 
 def _check(runner: Runner, want: dict[int, dict[str, Tensor]]) -> dict[str, float]:
@@ -177,10 +192,10 @@ def ceilings() -> dict[str, float]:
     """The card's copy rate (read + written, TB/s) and bf16 matrix rate (TFLOP/s), measured now."""
     x = torch.empty(2**30, dtype=torch.bfloat16, device="cuda").normal_()
     y = torch.empty_like(x)
-    copy = 2 * x.numel() * 2 / time_ms(lambda: y.copy_(x))["ms"] / 1e9
+    copy = 2 * x.numel() * 2 / spread(device_ms(lambda: y.copy_(x)))["ms"] / 1e9
     a = torch.randn(8192, 8192, device="cuda").bfloat16()
     b = torch.randn(8192, 8192, device="cuda").bfloat16()
-    matmul = 2 * 8192**3 / time_ms(lambda: a @ b)["ms"] / 1e9
+    matmul = 2 * 8192**3 / spread(device_ms(lambda: a @ b))["ms"] / 1e9
     return {"copy_tb_s": copy, "matmul_tflop_s": matmul}
 
 

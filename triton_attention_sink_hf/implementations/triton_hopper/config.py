@@ -24,27 +24,23 @@ class ForwardConfig(NamedTuple):
     q_buffers: int
     turns: bool  # consumers take turns at the tensor cores
     registers: tuple[int, int]  # of a lane of a consumer, of the producer
+    l2_bytes: int  # K and V of the heads that are worked on side by side
 
 
+MIB = 2**20
 # by the larger of the padded head dimensions of q, k and of v
 _FORWARD = {
-    64: ForwardConfig(consumers=3, block_n=128, stages=3, q_buffers=2, turns=True, registers=(160, 32)),
-    128: ForwardConfig(consumers=2, block_n=128, stages=3, q_buffers=1, turns=False, registers=(240, 24)),
-    256: ForwardConfig(consumers=2, block_n=64, stages=2, q_buffers=1, turns=False, registers=(240, 24)),
+    64: ForwardConfig(3, block_n=128, stages=3, q_buffers=2, turns=True, registers=(160, 32), l2_bytes=16 * MIB),
+    128: ForwardConfig(2, block_n=128, stages=2, q_buffers=2, turns=False, registers=(240, 24), l2_bytes=64 * MIB),
+    256: ForwardConfig(2, block_n=64, stages=2, q_buffers=1, turns=False, registers=(240, 24), l2_bytes=64 * MIB),
 }
-# packed rows at D 64: a smaller tile wastes less at the ends of segments
-_PACKED = ForwardConfig(consumers=2, block_n=128, stages=4, q_buffers=2, turns=True, registers=(240, 24))
-FORWARD_L2_BYTES = 8 * 2**20
 BACKWARD_L2_KEYS = 16384
 MIN_QUERIES = 64  # fewer leave most of a tile empty
 MIN_MEAN_SEGMENT = 256  # rows: a tile is of one segment, so shorter ones leave it half empty
 
 
 def forward_config(problem: Problem) -> ForwardConfig:
-    block = max(problem.block_d, problem.block_dv, 64)
-    if block == 64 and problem.call.mask.packed:
-        return _PACKED
-    return _FORWARD[block]
+    return _FORWARD[max(problem.block_d, problem.block_dv, 64)]
 
 
 class BackwardConfig(NamedTuple):

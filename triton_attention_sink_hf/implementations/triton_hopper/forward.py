@@ -1,10 +1,10 @@
 """Hopper forward in Gluon: one warp loads, two or three warpgroups of 64 query rows each compute.
 
 The producer warp fills a ring with K and V through the copy engine. A consumer takes the softmax of one block of
-scores, then issues the next block's scores and this block's P V together: exponentials of one warpgroup overlap the
-products of the others, which (TURNS) pass the tensor cores round by named barriers. P stays in registers. Programs are
-persistent, and the next block may be the first of the next tile, so the pipeline never drains; heavy tiles come first,
-in sections of heads whose keys fit L2.
+scores, then issues this block's P V and the next block's scores together: exponentials of one warpgroup overlap the
+products of the others, which (TURNS) have the tensor cores to themselves in turn, by named barriers. P stays in
+registers. Programs are persistent, and the next block may be the first of the next tile, so the pipeline never drains;
+heavy tiles come first, in sections of heads whose keys fit L2.
 """
 
 from triton.experimental import gluon
@@ -19,10 +19,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..triton.launch import Problem, ceil_div, multiprocessors, planned, strides
 from ..triton.primitives import LN2, LOG2E
 from ..triton.relaunch import Launch
-from .config import FORWARD_L2_BYTES, forward_config
+from .config import forward_config
 from .gluon_compat import async_load
 from .launch import call_constants, rows_descriptor, section_of_heads, table_slots, tile_table
-from .schedule import block_plan, interval, tile_count, work_item
+from .schedule import block_plan, interval, persistent_item, tile_count, work_item
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 
@@ -59,7 +59,8 @@ def _producer(
     v_n0 = 0
     tiles = tile_count(table_ptr, tiles, PACKED)
     for t in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
-        first, end, bh = work_item(t, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
+        item = persistent_item(i, tiles * heads)
+        first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
         head_k = head // group
@@ -134,7 +135,7 @@ def _step(
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     col_layout: gl.constexpr, acc_row_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
-    """Softmax of the scores s, then the next block's scores and this block's P V: slot c holds both operands."""
+    """Softmax of the scores s, then this block's P V and the next block's scores: slot c holds both operands."""
     slot = c % STAGES
     p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, MASKED, HAS_LO, BLOCK_N, col_layout)
     acc = acc * gl.convert_layout(alpha, acc_row_layout)[:, None]
@@ -143,9 +144,11 @@ def _step(
     if TURNS:
         _wait_for_turn(w)
     k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
-    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    # P V first: then the rescaling and rounding that it needs cannot end up between the instructions of Q K
     acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, BLOCK_DV]), acc, use_acc=True, is_async=True)
-    if TURNS:
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if TURNS:  # the next one's products queue up behind this one's last
+        s, acc = warpgroup_mma_wait(1, deps=[s, acc])
         _pass_turn_to((w + 1) % CONSUMERS)
     s, acc = warpgroup_mma_wait(0, deps=[s, acc])
     mbarrier.arrive(empty.index(slot), count=1)
@@ -187,7 +190,8 @@ def _consumer(
     c = 1  # slots of the ring that were used
     i = 0  # tiles done
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        first, end, bh = work_item(t, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
+        item = persistent_item(i, items)
+        first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
         start, n, edge, unmasked = block_plan(
@@ -365,7 +369,7 @@ def _plan(problem: Problem, out_strides, segments: int) -> tuple:
         "slots": slots,
         "tiles": tiles,
         "heads": heads,
-        "section": section_of_heads(problem, problem.heads_q, FORWARD_L2_BYTES // bytes_per_key),
+        "section": section_of_heads(problem, problem.heads_q, config.l2_bytes // bytes_per_key),
         **strides("o", out_strides),
         "BLOCK_N": config.block_n,
         "CONSUMERS": config.consumers,

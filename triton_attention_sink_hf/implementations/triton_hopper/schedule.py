@@ -15,6 +15,18 @@ def tile_count(table_ptr, tiles, PACKED: gl.constexpr):
 
 
 @gluon.jit
+def persistent_item(r, items):
+    """Item of this program in round r of persistent programs: every other round runs backwards.
+
+    With the heaviest first, the program that had the heavier item of one round has the lighter one of the next.
+    """
+    before = r * gl.num_programs(0)
+    width = gl.minimum(gl.num_programs(0), items - before)
+    p = gl.program_id(0)
+    return before + gl.where(r % 2 == 0, p, width - 1 - p)
+
+
+@gluon.jit
 def work_item(
     t, table_ptr, slots, tiles, heads, rows, section, TILE: gl.constexpr, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr
 ):
@@ -111,7 +123,8 @@ def _slot_tile(slot, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE:
     """First row, end of the segment and work of the tile in a slot; n_rows, n_rows and 0 if there is none.
 
     Tile t of segment s has slot cu[s] // TILE + s + t, which no other tile has, so no prefix sum is needed; some slots
-    stay empty. Rows after the last segment form one more. Whatever cu_seqlens hold, rows lie in [0, n_rows].
+    stay empty. Rows after the last segment form one more. Whatever cu_seqlens hold, rows lie in [0, n_rows], and those
+    before the first segment have tiles too.
     """
     low = slot * 0  # the last segment whose first slot is not past this one
     high = slot * 0 + n_segments
@@ -121,7 +134,7 @@ def _slot_tile(slot, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE:
         after = start // TILE + middle > slot
         low = tl.where(after, low, middle)
         high = tl.where(after, middle - 1, high)
-    start = tl.minimum(tl.maximum(tl.load(cu_ptr + low), 0), n_rows)
+    start = tl.where(low == 0, 0, tl.minimum(tl.maximum(tl.load(cu_ptr + low), 0), n_rows))
     last = low == n_segments
     end = tl.where(last, n_rows, tl.load(cu_ptr + tl.minimum(low + 1, n_segments)))
     end = tl.minimum(tl.maximum(end, start), n_rows)
