@@ -54,7 +54,7 @@ def _dense_or_packed(case, tensors, dense: Callable, packed: Callable) -> Callab
         return lambda q, k, v, s: out(dense(q, k, v, s))
     cu, longest = _cu_seqlens(case, tensors["q"].device), max(case.lengths)
     lengths = {"cu_seqlens_q": cu, "cu_seqlens_k": cu, "max_seqlen_q": longest, "max_seqlen_k": longest}
-    return lambda q, k, v, s: out(packed(q[0], k[0], v[0], s, **lengths))[None]
+    return lambda q, k, v, s: out(packed(q.squeeze(0), k.squeeze(0), v.squeeze(0), s, **lengths)).unsqueeze(0)
 
 
 def _cu_seqlens(case, device) -> Tensor:
