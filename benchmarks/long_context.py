@@ -2,6 +2,8 @@
 
     python benchmarks/long_context.py --output OUT             # verl's actor worker if verl is there, else plain HF
     python benchmarks/long_context.py --output OUT --smoke     # tiny, on a CPU
+    python benchmarks/long_context.py --output OUT --worker hf # times: without flash-attn's cross entropy verl's worker
+                                                               # spends seconds on log-probs, token by token
 
 A random gpt-oss with the attention of the real one (64/8 heads of 64, window 128 in every other layer, sinks from -10
 to 20) and small experts, so that attention is most of the work. Every token goes to every expert: no routing can flip.

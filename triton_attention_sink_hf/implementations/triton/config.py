@@ -82,8 +82,8 @@ _MMA_SYNC = {
 _CDNA = {
     "dq": {"fp32 wide": KernelConfig(16, 16, 4, 1)},
     "dkv": {
-        "narrow": KernelConfig(64, 32, 4, 2),
-        "medium": KernelConfig(32, 64, 4, 2),
+        "narrow": KernelConfig(32, 32, 4, 2),
+        "medium": KernelConfig(16, 64, 4, 2),
         "wide": KernelConfig(32, 16, 4, 1),
         "fp32 wide": KernelConfig(16, 16, 4, 1),
     },
@@ -102,8 +102,11 @@ _HOPPER = {
         "wide": KernelConfig(64, 64, 8, 2, tma=True),
     },
 }
-# Not measured: more warps than on Hopper, because triton 3.6 otherwise spills a few registers of packed rows.
-_BLACKWELL = {"dkv": {"narrow": KernelConfig(64, 64, 8, 2), "medium": KernelConfig(32, 32, 8, 2)}}
+# Not measured: more warps than on Hopper, because triton 3.6 otherwise spills a few registers.
+_BLACKWELL = {
+    "forward": {"narrow": KernelConfig(128, 64, 8, 3)},
+    "dkv": {"narrow": KernelConfig(64, 64, 8, 2), "medium": KernelConfig(32, 32, 8, 2)},
+}
 _DEFAULT = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
 _OVERRIDES = dict.fromkeys(("sm80", "sm86", "sm87", "sm89", "sm120", "sm121"), _MMA_SYNC)
 _OVERRIDES |= {"sm90": _HOPPER, "sm100": _BLACKWELL, "sm103": _BLACKWELL}

@@ -58,7 +58,7 @@ def _producer(
     v_head = 0
     v_n0 = 0
     tiles = tile_count(table_ptr, tiles, PACKED)
-    for t in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
+    for _ in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
         item = persistent_item(i, tiles * heads)
         first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
