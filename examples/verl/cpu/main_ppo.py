@@ -190,12 +190,19 @@ def _hydra(value: object) -> str:
 
 
 def _end_all(process: subprocess.Popen, mark: str) -> None:
-    """End the trainer and, by the mark in their environment, Ray's daemons and workers."""
+    """End the trainer and Ray's daemons and workers.
+
+    Daemons may outlive their parents, and Ray's agents write their names over their environment: so by descent, taken
+    while the trainer lives, and by the mark in the environment.
+    """
+    left = set()
     if process.poll() is None:
+        with contextlib.suppress(psutil.NoSuchProcess):
+            left.update(psutil.Process(process.pid).children(recursive=True))
         process.send_signal(signal.SIGINT)
         with contextlib.suppress(subprocess.TimeoutExpired):
             process.wait(10)
-    left = [other for other in psutil.process_iter() if _has_mark(other, mark)]
+    left.update(other for other in psutil.process_iter() if _has_mark(other, mark))
     for other in left:
         with contextlib.suppress(psutil.NoSuchProcess):
             other.kill()
