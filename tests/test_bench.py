@@ -5,8 +5,9 @@ from pathlib import Path
 
 import pytest
 
-from triton_attention_sink_hf.bench import report
+from triton_attention_sink_hf.bench import measure, report
 from triton_attention_sink_hf.bench.cases import CASES, SHORT, UNEVEN, Case
+from triton_attention_sink_hf.bench.peers import Runner
 
 CEILINGS = {"copy_tb_s": 3.0, "matmul_tflop_s": 700.0}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -50,8 +51,25 @@ def test_the_best_peer_is_the_fastest_that_ran_in_that_direction():
     assert report.problems(rows) == ["full-8k: fla: wrong: relative error"]
 
 
-def test_results_in_the_repository_say_what_their_rows_say():
-    result = json.loads((RESULTS / "2026-11-24-h100.json").read_text())
+def test_implementations_are_timed_in_turns_that_run_back_and_forth(monkeypatch):
+    calls = []
+    peers = {name: lambda case, tensors, name=name: Runner(lambda: name, None) for name in ("ours", "cuDNN")}
+    monkeypatch.setattr(measure, "PEERS", peers)
+    monkeypatch.setattr(measure, "make_tensors", lambda case: {})
+    monkeypatch.setattr(measure, "oracles", lambda case, tensors: {})
+    monkeypatch.setattr(measure, "_check", lambda runner, want: {"out": 0.0})
+    monkeypatch.setattr(measure, "device_ms", lambda function: calls.append(function()) or [float(len(calls))])
+    monkeypatch.setattr(measure, "host_us", lambda function: 1.0)
+    monkeypatch.setattr(measure, "extra_memory", lambda function: 2)
+    ours, cudnn = measure.measure(CASES[0], peers, log=lambda line: None)
+    assert calls == ["ours", "cuDNN", "cuDNN", "ours", "ours", "cuDNN"]
+    assert (ours["implementation"], ours["direction"], ours["ms"]) == ("ours", "forward", 4.0)
+    assert (cudnn["implementation"], cudnn["direction"], cudnn["ms"]) == ("cuDNN", "forward", 3.0)
+
+
+@pytest.mark.parametrize("run", ["h100", "h100-in-turns", "h100-windows-in-turns"])
+def test_results_in_the_repository_say_what_their_rows_say(run):
+    result = json.loads((RESULTS / f"2026-11-24-{run}.json").read_text())
     assert report.summarise(result["rows"], result["ceilings"]) == result["summary"]
     assert report.pair_ms(result["rows"]) == result["gpt_oss_pair_ms"]
     assert all("problem" not in row or row["implementation"] != "ours" for row in result["rows"])

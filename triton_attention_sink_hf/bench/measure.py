@@ -106,9 +106,11 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
 
     All are checked first, then timed in turns.
     """
+    gc.collect()  # what the case before held
+    torch.cuda.empty_cache()
     tensors = make_tensors(case)
     want = oracles(case, tensors)
-    rows, functions = {}, {}
+    timed: list[tuple[dict, Callable, list[float]]] = []
     for name in names:
         row = {"case": case.name, "implementation": name}
         began = time.perf_counter()
@@ -128,26 +130,16 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
             continue
         for direction in ("forward", "backward"):
             if function := getattr(runner, direction):
-                rows[name, direction], functions[name, direction] = row, function
+                timed.append(({**row, "direction": direction}, function, []))
     del want
     torch.cuda.empty_cache()
-    samples: dict[tuple[str, str], list[float]] = {key: [] for key in functions}
     for turn in range(TURNS):
         began = time.perf_counter()
-        for key in list(functions)[:: -1 if turn % 2 else 1]:
-            samples[key] += device_ms(functions[key])
+        for _, function, samples in timed[:: -1 if turn % 2 else 1]:
+            samples += device_ms(function)
         log(f"{case.name}: turn {turn + 1} of {TURNS} ({time.perf_counter() - began:.1f} s)")
-    for (name, direction), function in functions.items():
-        yield {
-            **rows[name, direction],
-            "direction": direction,
-            **spread(samples[name, direction]),
-            "host_us": host_us(function),
-            "extra_bytes": extra_memory(function),
-        }
-    functions.clear()
-    gc.collect()
-    torch.cuda.empty_cache()
+    for row, function, samples in timed:
+        yield {**row, **spread(samples), "host_us": host_us(function), "extra_bytes": extra_memory(function)}
 
 
 def _check(runner: Runner, want: dict[int, dict[str, Tensor]]) -> dict[str, float]:
