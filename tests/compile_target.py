@@ -27,6 +27,7 @@ from triton_attention_sink_hf.implementations.triton import backward, forward, l
 from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
 from triton_attention_sink_hf.implementations.triton_hopper import config as hopper_config
 from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
+from triton_attention_sink_hf.implementations.triton_hopper import wide as hopper_wide
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
 from triton_attention_sink_hf.implementations.triton_window import config as window_config
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
@@ -126,11 +127,11 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
             )  # fmt: skip
         if hopper(case) and problem.target in hopper_config.TARGETS:
             hopper_forward.launch_forward(problem, out, lse)
-            if max(case.dims) <= hopper_config.MAX_FUSED_DIM:
-                hopper_backward.launch_backward(
-                    problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
-                    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
-                )  # fmt: skip
+            module = hopper_backward if max(case.dims) <= hopper_config.MAX_FUSED_DIM else hopper_wide
+            module.launch_backward(
+                problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
+                torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
+            )  # fmt: skip
     finally:
         triton.JITFunction.run = run
     return compiled

@@ -45,7 +45,7 @@ def _check(target: str, rows: list[dict]) -> None:
     for prefix in ("_attn", "_window") if target == "sm90" else ("_attn",):
         assert {f"{prefix}_fwd_kernel", f"{prefix}_bwd_dq_kernel", f"{prefix}_bwd_dkv_kernel"} <= kernels
     if target == "sm90":
-        assert {"_hopper_fwd_kernel", "_hopper_bwd_kernel"} <= kernels
+        assert {"_hopper_fwd_kernel", "_hopper_bwd_kernel", "_hopper_dkv_kernel", "_hopper_dq_kernel"} <= kernels
     wrong = [
         row
         for row in rows
@@ -57,7 +57,7 @@ def _check(target: str, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
 def test_compiles_and_fits(target):
-    rows = _compile(target, "narrow packed window", "medium", "wide 256 padding")
+    rows = _compile(target, "narrow packed window", "medium", "wide 192/128", "wide 256 padding")
     assert "_segment_range_kernel" in {row["kernel"] for row in rows}
     _check(target, rows)
 

@@ -34,6 +34,7 @@ def test_what_it_serves(hopper_card):
         _call(),
         _call(dtype=torch.float16),
         _call(head_dim=(192, 128)),
+        _call(head_dim=(192, 128), deterministic=True),
         _call(mask=Mask(-1, -1)),
         _call(mask=Mask(127, 0)),
         _call(mask=Mask(-1, 0, cu, cu)),

@@ -17,7 +17,7 @@ if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
     )
 
 from ...call import Call
-from .backward import launch_backward
+from . import backward, wide
 from .forward import launch_forward
 
 
@@ -27,7 +27,7 @@ def supports(call: Call) -> str | None:
     target = target_name(q.device)
     if target not in TARGETS:
         return f"the Hopper kernels need {TARGETS[0]}, got {target}"
-    if call.deterministic:
+    if call.deterministic and _fused(call):
         return "the Hopper kernels add dq in no fixed order, and deterministic gradients were asked for"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
         return "the Hopper kernels take neither key_padding_mask nor seqused_k"
@@ -74,10 +74,16 @@ def run_backward(
 ) -> None:
     """Write dq, and dk, dv (inputs' dtypes) and dsinks (Hq,) fp32 where given.
 
-    Heads above MAX_FUSED_DIM, and calls that need no dk and dv, take the portable kernels.
+    Heads up to MAX_FUSED_DIM that need no dk and dv take the portable kernels.
     """
-    if out.numel() and call.k.numel() and dk is not None and max(call.q.shape[-1], call.v.shape[-1]) <= MAX_FUSED_DIM:
-        dout = dout if addressable(dout) else dout.contiguous()
-        launch_backward(Problem(call), out, lse, dout, dlse, dq, dk, dv, dsinks)
-    else:
+    fused = _fused(call)
+    if not (out.numel() and call.k.numel()) or (fused and dk is None):
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)
+        return
+    launch = backward.launch_backward if fused else wide.launch_backward
+    launch(Problem(call), out, lse, dout if addressable(dout) else dout.contiguous(), dlse, dq, dk, dv, dsinks)
+
+
+def _fused(call: Call) -> bool:
+    """Whether the backward is the fused kernel, which adds dq in no fixed order."""
+    return max(call.q.shape[-1], call.v.shape[-1]) <= MAX_FUSED_DIM

@@ -6,8 +6,8 @@ dq: dS K as an fp32 tile that the copy engine adds to a buffer in memory. So no 
 of a dS slot says two things: dS is there, and both consumers are done with the q and dout of that block.
 
 dk, dv and dsink have a fixed order; dq has none (the order in which tiles arrive), hence no place where determinism is
-asked for. Before the kernel runs ``_prepare`` (delta, lse in base 2, dsink, zeros for dq), after it ``_finish`` (dq in
-its own dtype).
+asked for. Before the kernel ``statistics.py`` runs (delta, lse in base 2, dsink, zeros for dq), after it
+``_finish`` (dq in its own dtype).
 """
 
 import triton
@@ -22,20 +22,19 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, planned, strides
-from ..triton.primitives import LOG2E, exp
+from ..triton.primitives import LOG2E
 from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
 from .launch import call_constants, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
 from .schedule import block_plan, interval, tile_count, work_item
+from .statistics import ROWS, new_statistics, prepare_launch
 
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
 ALIGN = 4  # the copy engine takes fp32 rows from multiples of 16 bytes only
-ROWS = 128  # rows of a program of the passes before and after
 
 # Eight fp32 to packed halves, in a way that ptxas cannot sink below the next product: a warp barrier whose mask depends
 # on them. Without it ptxas delays the exponentials, runs out of registers and serialises every product (C7512).
@@ -48,46 +47,6 @@ _PIN_BF16: gl.constexpr = gl.constexpr(_PIN.value.replace("TYPE", "bf16x2"))
 _PIN_FP16: gl.constexpr = gl.constexpr(_PIN.value.replace("TYPE", "f16x2"))
 _PIN_OPERANDS: gl.constexpr = gl.constexpr("=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f")
 _UNPACK_BF16: gl.constexpr = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
-
-
-@triton.jit
-def _prepare_kernel(
-    out_ptr, dout_ptr, lse_ptr, dlse_ptr, sink_ptr, buffer_ptr, statistics_ptr, dsink_ptr,
-    seqlen_q, padded_q, heads_q, tiles,
-    stride_ob, stride_ot, stride_oh, stride_od, stride_dob, stride_dot, stride_doh, stride_dod,
-    stride_dlb, stride_dlh, stride_dlt,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
-    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """statistics (2, B Hq, padded_q): lse in base 2 (inf where P must be 0) and delta; dsink's parts; zeros for dq."""
-    h = tl.program_id(0)
-    tile = tl.program_id(1)
-    b = tl.program_id(2).to(tl.int64)
-    i = tile * ROWS + tl.arange(0, ROWS)
-    valid = i < seqlen_q
-    rows = i.to(tl.int64)[:, None]
-    d = tl.arange(0, BLOCK_DV)[None, :]
-    inside = valid[:, None] & (d < DV)
-    out_base = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh
-    out = tl.load(out_base + rows * stride_ot + d * stride_od, mask=inside, other=0.0).to(tl.float32)
-    dout_base = dout_ptr + b * stride_dob + h.to(tl.int64) * stride_doh
-    dout = tl.load(dout_base + rows * stride_dot + d * stride_dod, mask=inside, other=0.0).to(tl.float32)
-    delta = tl.sum(out * dout, 1)
-    if HAS_DLSE:
-        dlse_base = dlse_ptr + b * stride_dlb + h.to(tl.int64) * stride_dlh
-        delta -= tl.load(dlse_base + i.to(tl.int64) * stride_dlt, mask=valid, other=0.0)
-    head = b * heads_q + h
-    lse = tl.load(lse_ptr + head * seqlen_q + i, mask=valid, other=float("-inf"))
-    empty = lse == float("-inf")
-    statistics = statistics_ptr + head * padded_q + i
-    tl.store(statistics, tl.where(empty, float("inf"), lse * LOG2E))
-    tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    buffer = buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d
-    tl.store(buffer, tl.zeros([ROWS, BLOCK_D], tl.float32), mask=valid[:, None] & (d < D))
-    if HAS_SINK:
-        p_sink = tl.where(empty, 0.0, exp(tl.load(sink_ptr + h).to(tl.float32) - lse))
-        tl.store(dsink_ptr + (b * tiles + tile) * heads_q + h, -tl.sum(p_sink * delta, 0))
 
 
 @triton.jit
@@ -409,27 +368,11 @@ def _hopper_bwd_kernel(
 def _plan(
     problem: Problem, segments: int, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides
 ) -> tuple:
-    """Tiles of queries, and the three launches."""
+    """The three launches."""
     call, mask, config = problem.call, problem.call.mask, backward_config(problem)
-    q_tiles = ceil_div(problem.seqlen_q, ROWS)
     slots = table_slots(problem.seqlen_k, segments, KEYS)
     tiles = slots if mask.packed else ceil_div(problem.seqlen_k, KEYS)
     d, constants = call.q.shape[-1], call_constants(problem)
-    prepare = {
-        "seqlen_q": problem.seqlen_q,
-        "padded_q": q_tiles * ROWS,
-        "heads_q": problem.heads_q,
-        "tiles": q_tiles,
-        **strides("o", out_strides),
-        **strides("do", dout_strides),
-        **dlse_arguments(dlse_strides),
-        "HAS_SINK": call.sinks is not None,
-        "D": d,
-        "DV": constants["DV"],
-        "BLOCK_D": constants["BLOCK_D"],
-        "BLOCK_DV": constants["BLOCK_DV"],
-        "ROWS": ROWS,
-    }
     finish = {
         "softmax_scale": call.softmax_scale,
         "seqlen_q": problem.seqlen_q,
@@ -458,10 +401,9 @@ def _plan(
         "CONSUMER_REGISTERS": config.registers[0],
         "DQ_REGISTERS": config.registers[1],
     }
-    rows = (problem.heads_q, q_tiles, problem.batch)
+    rows = (problem.heads_q, ceil_div(problem.seqlen_q, ROWS), problem.batch)
     return (
-        q_tiles,
-        Launch(_prepare_kernel, rows, **prepare),
+        prepare_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=True),
         Launch(_hopper_bwd_kernel, (tiles * problem.batch * problem.heads_k,), **main),
         Launch(_finish_kernel, rows, **finish),
     )
@@ -471,14 +413,12 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     """Write dq, dk, dv, and dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call = problem.call
     cu = call.mask.cu_seqlens_k
-    q_tiles, prepare, main, finish = _plan(
+    prepare, main, finish = _plan(
         problem, 0 if cu is None else cu.numel() - 1, out.stride(), dout.stride(),
         None if dlse is None else dlse.stride(), dq.stride(), dk.stride(), dv.stride(),
     )  # fmt: skip
-    batch, heads = problem.batch, problem.heads_q
     buffer = lse.new_empty(call.q.shape)
-    statistics = lse.new_empty(2, batch * heads, q_tiles * ROWS)
-    dsink_parts = None if dsinks is None else lse.new_empty(batch * q_tiles, heads)
+    statistics, dsink_parts = new_statistics(problem, lse, dsinks is not None)
     prepare(
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=buffer,
         statistics_ptr=statistics, dsink_ptr=dsink_parts,

@@ -35,6 +35,7 @@ _FORWARD = {
     256: ForwardConfig(2, block_n=64, stages=2, q_buffers=1, turns=False, registers=(240, 24), l2_bytes=64 * MIB),
 }
 BACKWARD_L2_KEYS = 16384
+WIDE_L2_BYTES = 256 * MIB  # what the heads that are worked on side by side read, backward above MAX_FUSED_DIM
 MIN_QUERIES = 64  # fewer leave most of a tile empty
 MIN_MEAN_SEGMENT = 256  # rows: a tile is of one segment, so shorter ones leave it half empty
 
@@ -50,7 +51,7 @@ class BackwardConfig(NamedTuple):
     registers: tuple[int, int]  # of a lane of a consumer, of the dq warpgroup
 
 
-MAX_FUSED_DIM = 128  # dk and dv of wider heads do not fit the registers of two consumers
+MAX_FUSED_DIM = 128  # dk and dv of wider heads do not fit the registers of two consumers beside dq
 _BACKWARD = {
     64: BackwardConfig(stages=4, registers=(216, 72)),
     128: BackwardConfig(stages=2, registers=(216, 72)),

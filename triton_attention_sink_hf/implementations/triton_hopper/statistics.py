@@ -1,0 +1,82 @@
+"""What both backwards compute before their products: lse in base 2, delta and dsink of every row."""
+
+import triton
+import triton.language as tl
+
+from ..triton.backward import dlse_arguments
+from ..triton.launch import Problem, ceil_div, next_power_of_2, strides
+from ..triton.primitives import LOG2E, exp
+from ..triton.relaunch import Launch
+
+ROWS = 128  # rows of a program
+
+
+@triton.jit
+def _prepare_kernel(
+    out_ptr, dout_ptr, lse_ptr, dlse_ptr, sink_ptr, buffer_ptr, statistics_ptr, dsink_ptr,
+    seqlen_q, padded_q, heads_q, tiles,
+    stride_ob, stride_ot, stride_oh, stride_od, stride_dob, stride_dot, stride_doh, stride_dod,
+    stride_dlb, stride_dlh, stride_dlt,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_BUFFER: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
+):  # fmt: skip
+    """statistics (2, B Hq, padded_q): lse in base 2 (inf where P must be 0) and delta; dsink's parts; zeros for dq."""
+    h = tl.program_id(0)
+    tile = tl.program_id(1)
+    b = tl.program_id(2).to(tl.int64)
+    i = tile * ROWS + tl.arange(0, ROWS)
+    valid = i < seqlen_q
+    rows = i.to(tl.int64)[:, None]
+    d = tl.arange(0, BLOCK_DV)[None, :]
+    inside = valid[:, None] & (d < DV)
+    out_base = out_ptr + b * stride_ob + h.to(tl.int64) * stride_oh
+    out = tl.load(out_base + rows * stride_ot + d * stride_od, mask=inside, other=0.0).to(tl.float32)
+    dout_base = dout_ptr + b * stride_dob + h.to(tl.int64) * stride_doh
+    dout = tl.load(dout_base + rows * stride_dot + d * stride_dod, mask=inside, other=0.0).to(tl.float32)
+    delta = tl.sum(out * dout, 1)
+    if HAS_DLSE:
+        dlse_base = dlse_ptr + b * stride_dlb + h.to(tl.int64) * stride_dlh
+        delta -= tl.load(dlse_base + i.to(tl.int64) * stride_dlt, mask=valid, other=0.0)
+    head = b * heads_q + h
+    lse = tl.load(lse_ptr + head * seqlen_q + i, mask=valid, other=float("-inf"))
+    empty = lse == float("-inf")
+    statistics = statistics_ptr + head * padded_q + i
+    tl.store(statistics, tl.where(empty, float("inf"), lse * LOG2E))
+    tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)
+    if HAS_BUFFER:
+        d = tl.arange(0, BLOCK_D)[None, :]
+        buffer = buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d
+        tl.store(buffer, tl.zeros([ROWS, BLOCK_D], tl.float32), mask=valid[:, None] & (d < D))
+    if HAS_SINK:
+        p_sink = tl.where(empty, 0.0, exp(tl.load(sink_ptr + h).to(tl.float32) - lse))
+        tl.store(dsink_ptr + (b * tiles + tile) * heads_q + h, -tl.sum(p_sink * delta, 0))
+
+
+def prepare_launch(problem: Problem, out_strides, dout_strides, dlse_strides, has_buffer: bool) -> Launch:
+    """The launch; with ``has_buffer`` it zeroes an fp32 buffer for dq (B, Sq, Hq, D)."""
+    call, tiles = problem.call, ceil_div(problem.seqlen_q, ROWS)
+    return Launch(
+        _prepare_kernel,
+        (problem.heads_q, tiles, problem.batch),
+        seqlen_q=problem.seqlen_q,
+        padded_q=tiles * ROWS,
+        heads_q=problem.heads_q,
+        tiles=tiles,
+        **strides("o", out_strides),
+        **strides("do", dout_strides),
+        **dlse_arguments(dlse_strides),
+        HAS_SINK=call.sinks is not None,
+        HAS_BUFFER=has_buffer,
+        D=call.q.shape[-1],
+        DV=call.v.shape[-1],
+        BLOCK_D=next_power_of_2(call.q.shape[-1]),
+        BLOCK_DV=next_power_of_2(call.v.shape[-1]),
+        ROWS=ROWS,
+    )
+
+
+def new_statistics(problem: Problem, like, has_sinks: bool) -> tuple:
+    """Empty fp32 statistics (2, B Hq, padded Sq) and parts of dsink (B tiles, Hq), or None for these."""
+    tiles = ceil_div(problem.seqlen_q, ROWS)
+    statistics = like.new_empty(2, problem.batch * problem.heads_q, tiles * ROWS)
+    return statistics, like.new_empty(problem.batch * tiles, problem.heads_q) if has_sinks else None
