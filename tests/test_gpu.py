@@ -1,6 +1,7 @@
 """The kernels on a GPU: exactness at the shapes of real models, sizes past 2^31, graphs, memory, synchronisation."""
 
 import gc
+import random
 
 import pytest
 import torch
@@ -71,6 +72,31 @@ def test_exactness(name, dtype):
         again = run(case, inputs, implementation)
         for key, value in results.items():
             _assert_repeated(value, again[key], implementation, key)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, 256, (192, 128)])
+@pytest.mark.parametrize("mask", ["causal", "window", "bidirectional", "more keys", "packed", "packed window"])
+def test_random_lengths(mask, head_dim):
+    """Tiles that end anywhere, of which a warpgroup's share may be empty or wholly hidden."""
+    pick = random.Random(f"{mask} {head_dim}")
+    for seed in range(10):
+        lengths = tuple(
+            pick.choice((pick.randrange(1, 70), pick.randrange(1, 400))) for _ in range(pick.randrange(1, 6))
+        )
+        total = sum(lengths)
+        features = {
+            "causal": {},
+            "window": {"window": (pick.randrange(129, 400), 0)},
+            "bidirectional": {"causal": False},
+            "more keys": {"seqlen_k": total + pick.randrange(1, 300)},
+            "packed": {"lengths_q": lengths},
+            "packed window": {"lengths_q": lengths, "window": (pick.randrange(129, 400), 0)},
+        }[mask]
+        case = Case(total, heads=(4, 2), head_dim=head_dim, dtype=BF16, **features)
+        inputs = make_inputs(case, "cuda", seed)
+        for implementation in implementations(case):
+            results = run(case, inputs, implementation)
+            assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
 
 
 def implementations(case: Case) -> list[str]:

@@ -22,7 +22,7 @@ from ..triton.relaunch import Launch
 from .config import forward_config
 from .gluon_compat import async_load
 from .launch import call_constants, rows_descriptor, section_of_heads, table_slots, tile_table
-from .schedule import block_plan, interval, persistent_item, tile_count, work_item
+from .schedule import block_range, interval, own_blocks, persistent_item, tile_count, work_item
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 
@@ -64,7 +64,7 @@ def _producer(
         b = bh // heads_q
         head = bh - b * heads_q
         head_k = head // group
-        start, n, _edge, _unmasked = block_plan(
+        start, n = block_range(
             first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
         )
         n0 = start + (n - 1) * BLOCK_N
@@ -156,6 +156,36 @@ def _step(
 
 
 @gluon.jit
+def _skip(c, full, empty, w: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+    """Give slot c back unused, but not before it is filled: until then the others may still hold what was in it."""
+    slot = c % STAGES
+    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
+    if TURNS:
+        _wait_for_turn(w)
+        _pass_turn_to((w + 1) % CONSUMERS)
+    mbarrier.arrive(empty.index(slot), count=1)
+
+
+@gluon.jit
+def _scores(
+    c, q, k_smem, full, empty, zero, w: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Scores of the block whose K slot c holds; its V is of a block that these rows do not see."""
+    slot = c % STAGES
+    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
+    if TURNS:
+        _wait_for_turn(w)
+    k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if TURNS:
+        _pass_turn_to((w + 1) % CONSUMERS)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return s
+
+
+@gluon.jit
 def _consumer(
     w: gl.constexpr, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale,
     stride_ob, stride_ot: gl.constexpr, stride_oh,
@@ -166,6 +196,7 @@ def _consumer(
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty = memory
     ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, slots, tiles, heads, section = sizes
     TILE: gl.constexpr = 64 * CONSUMERS
+    SKIPS: gl.constexpr = BLOCK_DV <= 128  # beyond, it takes registers that are not there
     HAS_LO: gl.constexpr = HAS_LEFT  # all rows of a tile are of one segment
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
@@ -194,20 +225,31 @@ def _consumer(
         first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
-        start, n, edge, unmasked = block_plan(
+        start, n = block_range(
             first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
         )
         token = first + w * 64
+        _begin, own, edge, unmasked = own_blocks(
+            token, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT, PACKED
+        )
+        own = gl.maximum(own, 1) if SKIPS else n
         rows = token + gl.arange(0, 64, layout=row_layout)
         lo, hi = interval(rows, end, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
-        n0 = start + (n - 1) * BLOCK_N
-        # s holds the scores of block n - 1. Blocks n - 1 to 1, descending; block 0 follows below
+        n0 = start + (own - 1) * BLOCK_N
         q = q_smem.index(i % Q_BUFFERS * CONSUMERS + w).reshape([64, BLOCK_D])
-        right_edge = gl.minimum(n - edge - unmasked, n - 1)
-        middle = gl.minimum(n - edge, n - 1)
+        # s holds the scores of block n - 1. Where these rows see nothing of it, nor of those below it, until block own
+        if SKIPS and own < n:
+            for _ in range(own, n - 1):
+                _skip(c, full, empty, w, CONSUMERS, STAGES, TURNS)
+                c += 1
+            s = _scores(c, q, k_smem, full, empty, zero, w, BLOCK_N, BLOCK_D, CONSUMERS, STAGES, TURNS)
+            c += 1
+        # blocks own - 1 to 1, descending; block 0 follows below
+        right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
+        middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
         for _ in range(0, right_edge):
             s, acc, m, l = _step(
                 s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
@@ -223,7 +265,7 @@ def _consumer(
             c += 1
             n0 -= BLOCK_N
         if HAS_LO:
-            for _ in range(middle, n - 1):
+            for _ in range(middle, own - 1):
                 s, acc, m, l = _step(
                     s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
                     BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,

@@ -71,25 +71,42 @@ def interval(
 
 
 @gluon.jit
-def block_plan(
+def block_range(
     first, end, ranges_ptr, n_own, n_other, before, after,
     TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
     HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """Blocks of STEP rows that cover the intervals of rows [first, first + TILE): (start, n, edge, full).
+    """(start, n): n blocks of STEP rows from ``start`` on cover the intervals of rows [first, first + TILE).
 
-    Blocks edge to edge + full lie in the intervals of all rows and need no mask. At least one block, so that every
-    tile runs the same pipeline. ``start`` is a multiple of ALIGN.
+    At least one block, so that every tile runs the same pipeline. ``start`` is a multiple of ALIGN.
+    """
+    lo, _ = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
+    _, hi = interval(first + TILE - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
+    start = lo // ALIGN * ALIGN
+    return start, gl.maximum((hi - start + STEP - 1) // STEP, 1)
+
+
+@gluon.jit
+def own_blocks(
+    first, end, start, n, ranges_ptr, n_own, n_other, before, after, ROWS: gl.constexpr, STEP: gl.constexpr,
+    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """What ROWS of a tile's rows need of its n blocks: (begin, stop, edge, full).
+
+    Blocks outside [begin, stop) lie outside the intervals of all these rows; blocks edge to edge + full lie in the
+    intervals of all of them and need no mask. Without rows before ``end``, begin = n and stop = 0.
     """
     lo_first, hi_first = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
     lo_last, hi_last = interval(
-        first + TILE - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
+        first + ROWS - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
     )
-    start = lo_first // ALIGN * ALIGN
-    n = gl.maximum((hi_last - start + STEP - 1) // STEP, 1)
+    begin = gl.minimum((lo_first - start) // STEP, n)
+    stop = gl.minimum((hi_last - start + STEP - 1) // STEP, n)
     edge = gl.minimum((lo_last - start + STEP - 1) // STEP, n)
     full = gl.maximum(gl.minimum((hi_first - start) // STEP, n) - edge, 0)
-    return start, n, edge, full
+    begin = gl.where(first < end, begin, n)
+    stop = gl.where(first < end, stop, 0)
+    return begin, stop, edge, full
 
 
 @triton.jit

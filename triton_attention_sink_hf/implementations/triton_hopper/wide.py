@@ -23,7 +23,7 @@ from ..triton.relaunch import Launch
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load
 from .launch import call_constants, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
-from .schedule import block_plan, interval, tile_count, work_item
+from .schedule import block_range, interval, own_blocks, tile_count, work_item
 from .statistics import new_statistics, prepare_launch
 
 BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
@@ -44,7 +44,7 @@ def _dkv_loader(
     key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, BLOCK, False, PACKED)
     b = bh // heads_k
     head_k = bh - b * heads_k
-    start, blocks, _edge, _unmasked = block_plan(
+    start, blocks = block_range(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
@@ -103,8 +103,11 @@ def _dv_consumer(
     key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, BLOCK, False, PACKED)
     b = bh // heads_k
     head_k = bh - b * heads_k
-    start, blocks, edge, unmasked = block_plan(
+    start, blocks = block_range(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    )
+    _begin, _stop, edge, unmasked = own_blocks(
+        key, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, HAS_RIGHT, HAS_LEFT, PACKED
     )
     keys = key + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, s_layout))
     lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
@@ -168,7 +171,7 @@ def _dk_consumer(
     key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, BLOCK, False, PACKED)
     b = bh // heads_k
     head_k = bh - b * heads_k
-    _start, blocks, _edge, _unmasked = block_plan(
+    _start, blocks = block_range(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
@@ -280,7 +283,7 @@ def _dq_loader(
     b = bh // heads_q
     head = bh - b * heads_q
     head_k = head // group
-    start, n, _edge, _unmasked = block_plan(
+    start, n = block_range(
         first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, QUERIES, BLOCK, 1, HAS_LEFT, HAS_RIGHT, PACKED
     )
     for w in gl.static_range(2):
@@ -316,9 +319,14 @@ def _dq_consumer(
         gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_q, section, QUERIES, True, PACKED
     )
     b = bh // heads_q
-    start, n, edge, unmasked = block_plan(
+    start, n = block_range(
         first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, QUERIES, BLOCK, 1, HAS_LEFT, HAS_RIGHT, PACKED
     )
+    _begin, own, edge, unmasked = own_blocks(
+        first + w * BLOCK, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, BLOCK, BLOCK,
+        HAS_LEFT, HAS_RIGHT, PACKED,
+    )  # fmt: skip
+    own = gl.maximum(own, 1)
     rows = first + w * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, s_layout))
     lo, hi = interval(rows, end, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
     statistics = statistics_ptr + bh.to(gl.int64) * padded_q + rows
@@ -333,7 +341,7 @@ def _dq_consumer(
     mbarrier.wait(k_full.index(0), 0)
     s = warpgroup_mma(q, k_smem.index(0).reshape([BLOCK, BLOCK_D]).permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    for c in range(0, n):
+    for c in range(0, own):
         slot = c & 1
         mbarrier.wait(v_full, slot)
         dp = warpgroup_mma(dout, v.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -348,11 +356,17 @@ def _dq_consumer(
         mbarrier.arrive(v_empty, count=1)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
         dq = warpgroup_mma(ds, k_smem.index(slot).reshape([BLOCK, BLOCK_D]), dq, is_async=True)
-        following = gl.minimum(c + 1, n - 1)  # the last block's scores are computed twice
+        following = gl.minimum(c + 1, own - 1)  # the last block's scores are computed twice
         mbarrier.wait(k_full.index(following & 1), (following >> 1) & 1)
         k = k_smem.index(following & 1).reshape([BLOCK, BLOCK_D])
         s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         s, dq = warpgroup_mma_wait(0, deps=[s, dq])
+        mbarrier.arrive(k_empty.index(slot), count=1)
+    for c in range(own, n):  # blocks that the other warpgroup's queries alone see
+        slot = c & 1
+        mbarrier.wait(v_full, slot)
+        mbarrier.arrive(v_empty, count=1)
+        mbarrier.wait(k_full.index(slot), (c >> 1) & 1)
         mbarrier.arrive(k_empty.index(slot), count=1)
     head = bh - b * heads_q
     token = first + w * BLOCK
