@@ -86,6 +86,12 @@ def prefetch(ptr, offsets):
 
 
 @triton.jit
+def hold(x):
+    """An instruction that may not run where the branch around it is not taken: it keeps a branch from being selects."""
+    tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _window_fwd_kernel(
     q_ptr, prefetch_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, ranges_ptr,
     softmax_scale, batch, seqlen_q, seqlen_k, left, right, n_tiles,
@@ -93,8 +99,8 @@ def _window_fwd_kernel(
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od,
     HAS_SINK: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, NVIDIA: tl.constexpr,
+    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BEGINS: tl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
@@ -115,7 +121,7 @@ def _window_fwd_kernel(
         head = chunk * PACK
         head_k = head // (HEADS_Q // HEADS_K)
         token = tile * TOKENS
-        if PREFETCH:
+        if NVIDIA:
             next_b, next_tile, next_chunk = place(tl.minimum(number + step, n_tiles - 1), tiles, CHUNKS)
             next_rows = tl.arange(0, TOKENS * PACK)
             next_token = tl.minimum(next_tile * TOKENS, seqlen_q - TOKENS)  # near the end: a few lines twice
@@ -136,6 +142,12 @@ def _window_fwd_kernel(
         k_near = load_keys(k_base, key - HALF, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
         v_far = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
         v_near = load_keys(v_base, key - HALF, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
+        if BEGINS <= HALF:
+            lo_last, hi_last = query_interval(
+                token + TOKENS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED,
+                HAS_SEQUSED=False,
+            )  # fmt: skip
+            rare = (lo_last - key > BEGINS - BAND) | (lo_last >= hi_last)
         for part in tl.static_range(PARTS):
             first = token + part * PART
             i = first + rows // PACK
@@ -152,8 +164,18 @@ def _window_fwd_kernel(
             s_far = matmul(q, k_far.T)
             s_near = matmul(q, k_near.T)
             s_own = matmul(q, k_own.T)
-            s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
-            s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
+            if BEGINS <= HALF:
+                if rare:
+                    if NVIDIA:
+                        hold(key)
+                    s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
+                    s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
+                # only the first BEGINS columns are left to compare: what the others give is known at compile time
+                begin = tl.minimum(lo + BAND, BEGINS)
+                s_far = tl.where(n_half[None, :] >= begin[:, None], s_far, float("-inf"))
+            else:
+                s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
+                s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
             own = n_own[None, :] < hi[:, None]
             if OWN_LO:
                 own = own & (n_own[None, :] >= lo[:, None])
@@ -205,7 +227,8 @@ def _plan(problem: Problem, out_strides, tma: bool) -> tuple[Launch, int]:
         PARTS=config.parts,
         BAND=band_size(problem),
         STAGES=config.num_stages,
-        PREFETCH=problem.target.startswith("sm"),
+        NVIDIA=problem.target.startswith("sm"),
+        BEGINS=begins(problem, config.tokens),
         OWN_LO=starts_among_own(problem, config.tokens),
         EVEN=problem.seqlen_q % config.tokens == 0,
         TMA=tma,
@@ -244,3 +267,8 @@ def starts_among_own(problem: Problem, tokens: int) -> bool:
     where there are more queries than keys."""
     mask = problem.call.mask
     return mask.packed or mask.left < tokens - 1 or problem.seqlen_q > problem.seqlen_k
+
+
+def begins(problem: Problem, tokens: int) -> int:
+    """Keys of the band among which the rows of a tile begin, wherever no segment and no sequence starts near it."""
+    return tokens - 1 + band_size(problem) - problem.call.mask.left
