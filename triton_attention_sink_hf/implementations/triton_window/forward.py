@@ -86,6 +86,42 @@ def prefetch(ptr, offsets):
 
 
 @triton.jit
+def finish(
+    p_far, p_near, p_own, v_far, v_near, v_own, l, top, sink, out_ptr, lse_ptr,
+    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+    HAS_SINK: tl.constexpr, HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PART: tl.constexpr,
+    PACK: tl.constexpr, EVEN: tl.constexpr,
+):  # fmt: skip
+    """Store out and lse of PART tokens from ``first``. ``top``: the largest score of a row, ``l``: its sum of P.
+
+    The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink dominates has
+    lse = sink exactly.
+    """
+    rows = tl.arange(0, PART * PACK)
+    out = matmul(p_far, v_far)
+    out = matmul(p_near, v_near, out)
+    out = matmul(p_own, v_own, out)
+    if HAS_SINK:
+        keys = top
+        top = tl.maximum(top, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        keys = tl.exp2((keys - top) * LOG2E)
+        l = l * keys + tl.exp2((sink - top) * LOG2E)
+    else:
+        keys = 1.0
+    empty = l == 0.0
+    out = out * (keys / tl.where(empty, 1.0, l))[:, None]
+    lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
+    store_queries(
+        out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+        DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
+    )  # fmt: skip
+    i = first + rows // PACK
+    heads = head + rows % PACK
+    tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+
+
+@triton.jit
 def hold(x):
     """An instruction that may not run where the branch around it is not taken: it keeps a branch from being selects."""
     tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
@@ -100,7 +136,7 @@ def _window_fwd_kernel(
     HAS_SINK: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, NVIDIA: tl.constexpr,
-    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BEGINS: tl.constexpr,
+    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BEGINS: tl.constexpr, LATE: tl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
@@ -131,6 +167,7 @@ def _window_fwd_kernel(
                 tl.minimum(next_rows // PACK, seqlen_q - 1) * stride_qt + next_rows % PACK * stride_qh,
             )
         heads = head + rows % PACK
+        sink = None
         if HAS_SINK:
             sink = tl.load(sink_ptr + heads).to(tl.float32)
         key = token + shift
@@ -186,27 +223,21 @@ def _window_fwd_kernel(
             p_near = tl.exp2(s_near * scale - m[:, None])
             p_own = tl.exp2(s_own * scale - m[:, None])
             l = tl.sum(p_far + p_near, 1) + tl.sum(p_own, 1)
-            out = matmul(p_far.to(v_far.dtype), v_far)
-            out = matmul(p_near.to(v_near.dtype), v_near, out)
-            out = matmul(p_own.to(v_own.dtype), v_own, out)
-            # The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink
-            # dominates has lse = sink exactly.
-            if HAS_SINK:
-                keys = top
-                top = tl.maximum(top, sink)
-                top = tl.where(top == float("-inf"), 0.0, top)
-                keys = tl.exp2((keys - top) * LOG2E)
-                l = l * keys + tl.exp2((sink - top) * LOG2E)
+            p_far, p_near, p_own = p_far.to(v_far.dtype), p_near.to(v_near.dtype), p_own.to(v_own.dtype)
+            if LATE and part == PARTS - 1:
+                # Triton puts a branch that gives no values behind the loads of the next tile: they run meanwhile
+                if first < seqlen_q:
+                    finish(
+                        p_far, p_near, p_own, v_far, v_near, v_own, l, top, sink, out_ptr, lse_ptr,
+                        b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+                        HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN,
+                    )  # fmt: skip
             else:
-                keys = 1.0
-            empty = l == 0.0
-            out = out * (keys / tl.where(empty, 1.0, l))[:, None]
-            lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
-            store_queries(
-                out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
-            )  # fmt: skip
-            tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+                finish(
+                    p_far, p_near, p_own, v_far, v_near, v_own, l, top, sink, out_ptr, lse_ptr,
+                    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+                    HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN,
+                )  # fmt: skip
 
 
 @planned
@@ -232,6 +263,7 @@ def _plan(problem: Problem, out_strides, tma: bool) -> tuple[Launch, int]:
         OWN_LO=starts_among_own(problem, config.tokens),
         EVEN=problem.seqlen_q % config.tokens == 0,
         TMA=tma,
+        LATE=config.late,
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
