@@ -110,8 +110,9 @@ def finish(
     else:
         keys = 1.0
     empty = l == 0.0
-    out = out * (keys / tl.where(empty, 1.0, l))[:, None]
-    lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
+    log2_l = tl.log2(tl.where(empty, 1.0, l))
+    out = out * (keys * tl.exp2(-log2_l))[:, None]  # l is 1 to some hundreds: right to 1e-6, and less than a division
+    lse = tl.where(empty, float("-inf"), top + log2_l * LN2)
     store_queries(
         out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
         DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
