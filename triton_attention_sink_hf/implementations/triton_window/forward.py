@@ -87,7 +87,7 @@ def prefetch(ptr, offsets):
 
 @triton.jit
 def finish(
-    p_far, p_near, p_own, v_far, v_near, v_own, l, top, sink, out_ptr, lse_ptr,
+    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
     b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
     HAS_SINK: tl.constexpr, HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PART: tl.constexpr,
     PACK: tl.constexpr, EVEN: tl.constexpr,
@@ -98,8 +98,7 @@ def finish(
     lse = sink exactly.
     """
     rows = tl.arange(0, PART * PACK)
-    out = matmul(p_far, v_far)
-    out = matmul(p_near, v_near, out)
+    out = matmul(p_band, v_band)
     out = matmul(p_own, v_own, out)
     if HAS_SINK:
         keys = top
@@ -142,7 +141,6 @@ def _window_fwd_kernel(
     """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
     ROWS: tl.constexpr = PART * PACK
-    HALF: tl.constexpr = BAND // 2
     CHUNKS: tl.constexpr = HEADS_Q // PACK
     scale = softmax_scale * LOG2E
     tiles = tl.cdiv(seqlen_q, TOKENS)
@@ -150,7 +148,7 @@ def _window_fwd_kernel(
     if not PACKED:
         shift = seqlen_k - seqlen_q
     rows = tl.arange(0, ROWS)
-    n_half = tl.arange(0, HALF)
+    n_band = tl.arange(0, BAND)
     n_own = tl.arange(0, TOKENS)
     step = tl.num_programs(0)
     for number in tl.range(tl.program_id(0), n_tiles, step, num_stages=STAGES):
@@ -176,11 +174,9 @@ def _window_fwd_kernel(
         v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
         k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D, not OWN_LO, EVEN)
         v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV, not OWN_LO, EVEN)
-        k_far = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
-        k_near = load_keys(k_base, key - HALF, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
-        v_far = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
-        v_near = load_keys(v_base, key - HALF, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
-        if BEGINS <= HALF:
+        k_band = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, BAND, D, BLOCK_D, False, True)
+        v_band = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, BAND, DV, BLOCK_DV, False, True)
+        if BEGINS <= BAND:
             lo_last, hi_last = query_interval(
                 token + TOKENS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED,
                 HAS_SEQUSED=False,
@@ -199,43 +195,38 @@ def _window_fwd_kernel(
                 q_ptr, b, first, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
                 D, BLOCK_D, PART, PACK, TMA, EVEN,
             )  # fmt: skip
-            s_far = matmul(q, k_far.T)
-            s_near = matmul(q, k_near.T)
+            s_band = matmul(q, k_band.T)
             s_own = matmul(q, k_own.T)
-            if BEGINS <= HALF:
+            begin = lo + BAND
+            if BEGINS <= BAND:
                 if rare:
                     if NVIDIA:
                         hold(key)
-                    s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
-                    s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
-                # only the first BEGINS columns are left to compare: what the others give is known at compile time
-                begin = tl.minimum(lo + BAND, BEGINS)
-                s_far = tl.where(n_half[None, :] >= begin[:, None], s_far, float("-inf"))
-            else:
-                s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
-                s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
+                    s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
+                # in all other tiles what is past the first BEGINS columns is known to be seen at compile time
+                begin = tl.minimum(begin, BEGINS)
+            s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
             own = n_own[None, :] < hi[:, None]
             if OWN_LO:
                 own = own & (n_own[None, :] >= lo[:, None])
             s_own = tl.where(own, s_own, float("-inf"))
-            top = tl.maximum(tl.max(tl.maximum(s_far, s_near), 1), tl.max(s_own, 1)) * softmax_scale
+            top = tl.maximum(tl.max(s_band, 1), tl.max(s_own, 1)) * softmax_scale
             m = tl.where(top == float("-inf"), 0.0, top) * LOG2E
-            p_far = tl.exp2(s_far * scale - m[:, None])
-            p_near = tl.exp2(s_near * scale - m[:, None])
+            p_band = tl.exp2(s_band * scale - m[:, None])
             p_own = tl.exp2(s_own * scale - m[:, None])
-            l = tl.sum(p_far + p_near, 1) + tl.sum(p_own, 1)
-            p_far, p_near, p_own = p_far.to(v_far.dtype), p_near.to(v_near.dtype), p_own.to(v_own.dtype)
+            l = tl.sum(p_band, 1) + tl.sum(p_own, 1)
+            p_band, p_own = p_band.to(v_band.dtype), p_own.to(v_own.dtype)
             if LATE and part == PARTS - 1:
                 # Triton puts a branch that gives no values behind the loads of the next tile: they run meanwhile
                 if first < seqlen_q:
                     finish(
-                        p_far, p_near, p_own, v_far, v_near, v_own, l, top, sink, out_ptr, lse_ptr,
+                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
                         b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
                         HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN,
                     )  # fmt: skip
             else:
                 finish(
-                    p_far, p_near, p_own, v_far, v_near, v_own, l, top, sink, out_ptr, lse_ptr,
+                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
                     b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
                     HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN,
                 )  # fmt: skip
