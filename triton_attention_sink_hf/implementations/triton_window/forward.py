@@ -86,6 +86,59 @@ def prefetch(ptr, offsets):
 
 
 @triton.jit
+def log2(x, FAST: tl.constexpr):
+    """FAST, on NVIDIA: one instruction, right to 2^-22 of the result (of 1 for x between 1/2 and 2)."""
+    if FAST:
+        return tl.inline_asm_elementwise(
+            "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
+        )
+    else:
+        return tl.log2(x)
+
+
+@triton.jit
+def finish(
+    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
+    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+    HAS_SINK: tl.constexpr, HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PART: tl.constexpr,
+    PACK: tl.constexpr, EVEN: tl.constexpr, FAST_LOG: tl.constexpr,
+):  # fmt: skip
+    """Store out and lse of PART tokens from ``first``. ``top``: the largest score of a row, ``l``: its sum of P.
+
+    The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink dominates has
+    lse = sink exactly.
+    """
+    rows = tl.arange(0, PART * PACK)
+    out = matmul(p_band, v_band)
+    out = matmul(p_own, v_own, out)
+    if HAS_SINK:
+        keys = top
+        top = tl.maximum(top, sink)
+        top = tl.where(top == float("-inf"), 0.0, top)
+        keys = tl.exp2((keys - top) * LOG2E)
+        l = l * keys + tl.exp2((sink - top) * LOG2E)
+    else:
+        keys = 1.0
+    empty = l == 0.0
+    log2_l = log2(tl.where(empty, 1.0, l), FAST_LOG)
+    out = out * (keys * tl.exp2(-log2_l))[:, None]  # l is 1 to some hundreds: right to 1e-6, and less than a division
+    lse = tl.where(empty, float("-inf"), top + log2_l * LN2)
+    store_queries(
+        out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+        DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
+    )  # fmt: skip
+    i = first + rows // PACK
+    heads = head + rows % PACK
+    tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+
+
+@triton.jit
+def hold(x):
+    """An instruction that may not run where the branch around it is not taken: it keeps a branch from being selects."""
+    tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
 def _window_fwd_kernel(
     q_ptr, prefetch_ptr, k_ptr, v_ptr, sink_ptr, out_ptr, lse_ptr, ranges_ptr,
     softmax_scale, batch, seqlen_q, seqlen_k, left, right, n_tiles,
@@ -93,13 +146,13 @@ def _window_fwd_kernel(
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od,
     HAS_SINK: tl.constexpr, PACKED: tl.constexpr, HEADS_Q: tl.constexpr, HEADS_K: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, PREFETCH: tl.constexpr,
-    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr,
+    TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, NVIDIA: tl.constexpr,
+    OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BEGINS: tl.constexpr, LATE: tl.constexpr,
+    FAST_LOG: tl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
     ROWS: tl.constexpr = PART * PACK
-    HALF: tl.constexpr = BAND // 2
     CHUNKS: tl.constexpr = HEADS_Q // PACK
     scale = softmax_scale * LOG2E
     tiles = tl.cdiv(seqlen_q, TOKENS)
@@ -107,7 +160,7 @@ def _window_fwd_kernel(
     if not PACKED:
         shift = seqlen_k - seqlen_q
     rows = tl.arange(0, ROWS)
-    n_half = tl.arange(0, HALF)
+    n_band = tl.arange(0, BAND)
     n_own = tl.arange(0, TOKENS)
     step = tl.num_programs(0)
     for number in tl.range(tl.program_id(0), n_tiles, step, num_stages=STAGES):
@@ -115,8 +168,11 @@ def _window_fwd_kernel(
         head = chunk * PACK
         head_k = head // (HEADS_Q // HEADS_K)
         token = tile * TOKENS
-        if PREFETCH:
-            next_b, next_tile, next_chunk = place(tl.minimum(number + step, n_tiles - 1), tiles, CHUNKS)
+        if NVIDIA:
+            # one division with the next tile's loads; programs without a next tile ask for the last one's lines
+            next_b, next_tile, next_chunk = place(number + step, tiles, CHUNKS)
+            next_tile = tl.where(next_b < batch, next_tile, tiles - 1)
+            next_b = tl.minimum(next_b, batch - 1)
             next_rows = tl.arange(0, TOKENS * PACK)
             next_token = tl.minimum(next_tile * TOKENS, seqlen_q - TOKENS)  # near the end: a few lines twice
             next_base = prefetch_ptr + next_b.to(tl.int64) * stride_qb + (next_chunk * PACK).to(tl.int64) * stride_qh
@@ -125,6 +181,7 @@ def _window_fwd_kernel(
                 tl.minimum(next_rows // PACK, seqlen_q - 1) * stride_qt + next_rows % PACK * stride_qh,
             )
         heads = head + rows % PACK
+        sink = None
         if HAS_SINK:
             sink = tl.load(sink_ptr + heads).to(tl.float32)
         key = token + shift
@@ -132,10 +189,14 @@ def _window_fwd_kernel(
         v_base = v_ptr + b.to(tl.int64) * stride_vb + head_k.to(tl.int64) * stride_vh
         k_own = load_keys(k_base, key, seqlen_k, stride_kt, stride_kd, TOKENS, D, BLOCK_D, not OWN_LO, EVEN)
         v_own = load_keys(v_base, key, seqlen_k, stride_vt, stride_vd, TOKENS, DV, BLOCK_DV, not OWN_LO, EVEN)
-        k_far = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
-        k_near = load_keys(k_base, key - HALF, seqlen_k, stride_kt, stride_kd, HALF, D, BLOCK_D, False, True)
-        v_far = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
-        v_near = load_keys(v_base, key - HALF, seqlen_k, stride_vt, stride_vd, HALF, DV, BLOCK_DV, False, True)
+        k_band = load_keys(k_base, key - BAND, seqlen_k, stride_kt, stride_kd, BAND, D, BLOCK_D, False, True)
+        v_band = load_keys(v_base, key - BAND, seqlen_k, stride_vt, stride_vd, BAND, DV, BLOCK_DV, False, True)
+        if BEGINS <= BAND:
+            lo_last, hi_last = query_interval(
+                token + TOKENS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED,
+                HAS_SEQUSED=False,
+            )  # fmt: skip
+            rare = (lo_last - key > BEGINS - BAND) | (lo_last >= hi_last)
         for part in tl.static_range(PARTS):
             first = token + part * PART
             i = first + rows // PACK
@@ -149,42 +210,41 @@ def _window_fwd_kernel(
                 q_ptr, b, first, head, seqlen_q, stride_qb, stride_qt, stride_qh, stride_qd,
                 D, BLOCK_D, PART, PACK, TMA, EVEN,
             )  # fmt: skip
-            s_far = matmul(q, k_far.T)
-            s_near = matmul(q, k_near.T)
             s_own = matmul(q, k_own.T)
-            s_far = tl.where(n_half[None, :] >= lo[:, None] + BAND, s_far, float("-inf"))
-            s_near = tl.where(n_half[None, :] >= lo[:, None] + HALF, s_near, float("-inf"))
+            s_band = matmul(q, k_band.T)
+            begin = lo + BAND
+            if BEGINS <= BAND:
+                if rare:
+                    if NVIDIA:
+                        hold(key)
+                    s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
+                # in all other tiles what is past the first BEGINS columns is known to be seen at compile time
+                begin = tl.minimum(begin, BEGINS)
+            s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
             own = n_own[None, :] < hi[:, None]
             if OWN_LO:
                 own = own & (n_own[None, :] >= lo[:, None])
             s_own = tl.where(own, s_own, float("-inf"))
-            top = tl.maximum(tl.max(tl.maximum(s_far, s_near), 1), tl.max(s_own, 1)) * softmax_scale
+            top = tl.maximum(tl.max(s_band, 1), tl.max(s_own, 1)) * softmax_scale
             m = tl.where(top == float("-inf"), 0.0, top) * LOG2E
-            p_far = tl.exp2(s_far * scale - m[:, None])
-            p_near = tl.exp2(s_near * scale - m[:, None])
+            p_band = tl.exp2(s_band * scale - m[:, None])
             p_own = tl.exp2(s_own * scale - m[:, None])
-            l = tl.sum(p_far + p_near, 1) + tl.sum(p_own, 1)
-            out = matmul(p_far.to(v_far.dtype), v_far)
-            out = matmul(p_near.to(v_near.dtype), v_near, out)
-            out = matmul(p_own.to(v_own.dtype), v_own, out)
-            # The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink
-            # dominates has lse = sink exactly.
-            if HAS_SINK:
-                keys = top
-                top = tl.maximum(top, sink)
-                top = tl.where(top == float("-inf"), 0.0, top)
-                keys = tl.exp2((keys - top) * LOG2E)
-                l = l * keys + tl.exp2((sink - top) * LOG2E)
+            l = tl.sum(p_band, 1) + tl.sum(p_own, 1)
+            p_band, p_own = p_band.to(v_band.dtype), p_own.to(v_own.dtype)
+            if LATE and part == PARTS - 1:
+                # Triton puts a branch that gives no values behind the loads of the next tile: they run meanwhile
+                if first < seqlen_q:
+                    finish(
+                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
+                        b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+                        HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, FAST_LOG,
+                    )  # fmt: skip
             else:
-                keys = 1.0
-            empty = l == 0.0
-            out = out * (keys / tl.where(empty, 1.0, l))[:, None]
-            lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
-            store_queries(
-                out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
-            )  # fmt: skip
-            tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+                finish(
+                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
+                    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
+                    HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, FAST_LOG,
+                )  # fmt: skip
 
 
 @planned
@@ -205,10 +265,13 @@ def _plan(problem: Problem, out_strides, tma: bool) -> tuple[Launch, int]:
         PARTS=config.parts,
         BAND=band_size(problem),
         STAGES=config.num_stages,
-        PREFETCH=problem.target.startswith("sm"),
+        NVIDIA=problem.target.startswith("sm"),
+        BEGINS=begins(problem, config.tokens),
         OWN_LO=starts_among_own(problem, config.tokens),
         EVEN=problem.seqlen_q % config.tokens == 0,
         TMA=tma,
+        LATE=config.late,
+        FAST_LOG=config.fast_log and problem.target.startswith("sm"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
@@ -244,3 +307,8 @@ def starts_among_own(problem: Problem, tokens: int) -> bool:
     where there are more queries than keys."""
     mask = problem.call.mask
     return mask.packed or mask.left < tokens - 1 or problem.seqlen_q > problem.seqlen_k
+
+
+def begins(problem: Problem, tokens: int) -> int:
+    """Keys of the band among which the rows of a tile begin, wherever no segment and no sequence starts near it."""
+    return tokens - 1 + band_size(problem) - problem.call.mask.left
