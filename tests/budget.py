@@ -1,10 +1,10 @@
 """How wrong a kernel may be: at most 1.5 times an fp32-accumulating eager computation, plus one rounding.
 
 ``oracle`` computes in fp64, ``eager`` in fp32 from the same rounded inputs, rounding to the input dtype exactly what a
-kernel must round to feed its matrix products (P before P v and P^T dout, dS before dS k and dS^T q), and taking the
-delta of dS from the rounded out. ``violations`` compares the errors of both. The contract's budget holds for the norm
-of an output over all heads; a second, wider one holds head by head, since sinks from -10 to 20 make some heads' values
-so small that no norm over all heads would show them to be wrong.
+kernel must round to feed its matrix products (P before P v and P^T dout, dS before dS k and dS^T q), computing P anew
+for the backward, and taking the delta of dS from the rounded out. ``violations`` compares the errors of both. The
+contract's budget holds for the norm of an output over all heads; a second, wider one holds head by head, since sinks
+from -10 to 20 make some heads' values so small that no norm over all heads would show them to be wrong.
 """
 
 from __future__ import annotations
@@ -168,13 +168,15 @@ def _eager(case: Case, inputs: Inputs, rounded_delta: bool) -> dict[str, Tensor]
     def rounded(x):
         return x.to(dtype).float()
 
-    x = torch.einsum("bihd,bjd->bhij", q, k) * case.scale
-    slope = 1.0
-    if case.softcap:
-        x = case.softcap * torch.tanh(x / case.softcap)
-        slope = 1.0 - (x / case.softcap).square()
     visible = inputs.mask.dense(q.shape[1], k.shape[1], q.device)[:, None]
-    x = x.masked_fill(~visible, float("-inf"))
+
+    def scores(q, k):
+        x = torch.einsum("bihd,bjd->bhij", q, k) * case.scale
+        if case.softcap:
+            x = case.softcap * torch.tanh(x / case.softcap)
+        return x.masked_fill(~visible, float("-inf"))
+
+    x = scores(q, k)
     logits = x
     if inputs.sinks is not None:
         logits = torch.cat([x, inputs.sinks.float()[None, :, None, None].expand(*x.shape[:3], 1)], -1)
@@ -184,6 +186,10 @@ def _eager(case: Case, inputs: Inputs, rounded_delta: bool) -> dict[str, Tensor]
     p = torch.exp(x - lse[..., None]).masked_fill(~visible, 0.0)
     out = torch.einsum("bhij,bjd->bihd", rounded(p), v)
 
+    # the backward computes P again, from a product that adds up in another order
+    x = scores(q.flip(-1), k.flip(-1))
+    slope = 1.0 - (x / case.softcap).square().masked_fill(~visible, 0.0) if case.softcap else 1.0
+    p = torch.exp(x - lse[..., None]).masked_fill(~visible, 0.0)
     delta = (dout * rounded(out)).sum(-1).transpose(1, 2)
     if inputs.dlse is not None:
         delta = delta - inputs.dlse
