@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call
 from .masks import _segment_range_kernel
-from .relaunch import Launch, unchecked
+from .relaunch import Blocks, Launch
 
 MAX_PLANS = 1024
 TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
@@ -188,11 +188,10 @@ def addressable(x: Tensor) -> bool:
     return x.storage_offset() % unit == 0 if torch.compiler.is_compiling() else x.data_ptr() % 16 == 0
 
 
-def descriptor(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
+def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int) -> Blocks:
     """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    shape = x.shape
     block_shape = [1, tokens, heads, next_power_of_2(shape[-1])]
-    return unchecked(TensorDescriptor, base=x, shape=shape, strides=x.stride(), block_shape=block_shape)
+    return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
 def ceil_div(a: int, b: int) -> int:
