@@ -13,28 +13,20 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .call import Call
+from .call import Call, traced
 from .implementations import load
 from .masks import Mask
-
-_PLAIN = (Tensor, Parameter)
 
 
 def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     """Run ``call``. Returns out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32; both differentiable.
 
-    Tracing, dispatch modes (selective checkpointing, fake tensors) and tensor subclasses go through the operator. Plain
-    eager calls use the same functions as an ``autograd.Function``, without the host time of the operator's wrappers.
+    What is traced goes through the operator. Plain eager calls use the same functions as an ``autograd.Function``,
+    without the host time of the operator's wrappers.
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
-    if (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
-    ):
+    if call.layout is None and traced(q, k, v):
         return attention_forward(
             q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
             mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call
+from ...call import Call, layout_of
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -24,7 +24,7 @@ class Problem:
     Attributes:
         batch, seqlen_q, seqlen_k, heads_q, heads_k: B, Sq, Sk, Hq, Hkv; packed rows have B = 1.
         sinks: (Hq,) without gaps, as the kernels read it, or None.
-        key: all that a launch depends on beside the values of tensors and their addresses.
+        layout: where ``planned`` remembers.
     """
 
     def __init__(self, call: Call):
@@ -33,12 +33,13 @@ class Problem:
         self.batch, self.seqlen_q, self.heads_q, _ = q.shape
         self.seqlen_k, self.heads_k = k.shape[1], k.shape[2]
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
-        padding = mask.key_padding_mask
-        self.key = (
-            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
-            mask.left, mask.right, mask.packed, call.softmax_scale, call.softcap, call.sinks is None,
-            None if padding is None else padding.stride(), mask.seqused_k is None,
-        )  # fmt: skip
+        self.layout = call.layout
+        if self.layout is None:
+            tensors = (
+                q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+            )  # fmt: skip
+            options = (mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic)
+            self.layout = layout_of(tensors, *options)
 
     @property
     def pack(self) -> int:
@@ -72,7 +73,7 @@ class Problem:
         return ranges
 
     def sizes(self) -> dict:
-        """Arguments that every kernel takes and that ``key`` determines."""
+        """Arguments that every kernel takes and that ``layout`` determines."""
         call, mask = self.call, self.call.mask
         return {
             "softmax_scale": call.softmax_scale,
@@ -139,15 +140,11 @@ def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right
 
 
 def planned(build):
-    """Remember ``build(problem, *strides)``: the grid and the constant arguments of a launch.
-
-    Building them costs more host time than a short kernel runs, and a model repeats the same few calls.
-    """
-    plans: dict = {}
+    """Remember ``build(problem, *rest)`` for the problem's layout: the grid and the constant arguments of a launch."""
 
     @functools.wraps(build)
     def plan(problem: Problem, *rest):
-        key = (problem.key, *rest)
+        plans, key = problem.layout.plans, (build, *rest)
         result = plans.get(key)
         if result is None:
             if len(plans) >= MAX_PLANS:
@@ -155,7 +152,6 @@ def planned(build):
             result = plans[key] = build(problem, *rest)
         return result
 
-    plan.cache_clear = plans.clear
     return plan
 
 
