@@ -53,7 +53,7 @@ def _layout(tensors: tuple, options: tuple) -> Layout:
 
 
 def traced(*tensors: Tensor | None) -> bool:
-    """Whether a call is not just run: torch.compile, dispatch modes (selective checkpointing), subclasses of tensors."""
+    """Whether a call is not just run: torch.compile, dispatch modes (selective checkpointing), subclasses."""
     if torch.compiler.is_compiling() or _get_current_dispatch_mode() is not None:
         return True
     return not _PLAIN.issuperset(map(type, tensors))
