@@ -36,14 +36,20 @@ class Layout:
         self.plans: dict[tuple, object] = {}
 
 
-def layout_of(tensors: tuple[Tensor | None, ...], *options) -> Layout:
-    """The one ``Layout`` of calls with such tensors, not ``traced``, and equal options, which determine the rest."""
+def layout_of(tensors: tuple[Tensor | None, ...], *options) -> Layout | None:
+    """The one ``Layout`` of calls with such tensors, not ``traced``, and equal options, which determine the rest.
+
+    None where a tensor has no memory of its own, as in functorch's transforms and when it has left them.
+    """
     key = []
-    for x in tensors:
-        if x is None:
-            key.append(None)
-        else:  # kernels differ by whether an address is a multiple of 16
-            key += x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
+    try:
+        for x in tensors:
+            if x is None:
+                key.append(None)
+            else:  # kernels differ by whether an address is a multiple of 16
+                key += x.shape, x.stride(), x.dtype, x.device, x.data_ptr() % 16 == 0
+    except RuntimeError:
+        return None
     return _layout(tuple(key), options)
 
 
@@ -61,7 +67,7 @@ def traced(*tensors: Tensor | None) -> bool:
 
 @dataclass
 class Call:
-    """BSHD tensors (packed rows have B = 1) with every default filled in. Nobody changes one.
+    """BSHD tensors (packed rows have B = 1) with every default filled in. Not frozen for the same reason as ``Mask``.
 
     Attributes:
         q: (B, Sq, Hq, D). k: (B, Sk, Hkv, D). v: (B, Sk, Hkv, Dv). One dtype, one device, any strides.

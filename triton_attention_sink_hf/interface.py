@@ -6,7 +6,6 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
-from torch._C import _are_functorch_transforms_active
 
 from .call import Call, layout_of, traced
 from .implementations import KERNELS, REFERENCE, unsupported_reason
@@ -133,20 +132,19 @@ def _prepare(
     q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
     max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
 ) -> Call:  # fmt: skip
-    check_options(
-        causal, window_size, softmax_scale, softcap, deterministic
-    )  # True and 1.0 would share a layout with 1
+    # at each call, since 1, 1.0 and True would share a layout
+    check_options(causal, window_size, softmax_scale, softcap, deterministic)
     left, right = window_size[0], 0 if causal else window_size[1]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
     q, k, v = follow_autocast(q, k, v)
-    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    shared = cu_seqlens_q is cu_seqlens_k
+    tensors = (q, k, v, sinks, cu_seqlens_q, None if shared else cu_seqlens_k, key_padding_mask, seqused_k)
     layout = None
-    if not traced(*tensors) and not _are_functorch_transforms_active():
+    if not traced(*tensors):
         layout = layout_of(
-            tensors, left, right, softmax_scale, softcap, deterministic,
-            cu_seqlens_q is cu_seqlens_k, type(max_seqlen_q), type(max_seqlen_k),
-        )  # fmt: skip
+            tensors, left, right, softmax_scale, softcap, deterministic, shared, type(max_seqlen_q), type(max_seqlen_k)
+        )
     values = seqused_k if cu_seqlens_q is None else cu_seqlens_q
     if layout is None or not layout.checked or (values is not None and readable(values)):
         check_tensors(

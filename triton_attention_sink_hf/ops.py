@@ -32,7 +32,10 @@ def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
             mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
         )  # fmt: skip
     if _differentiated(call):
-        return _Attention.apply(q, k, v, call.sinks, call, implementation)
+        apply = _Attention.apply
+        if call.layout is not None and not _are_functorch_transforms_active():
+            apply = _Attention.apply_untransformed
+        return apply(q, k, v, call.sinks, call, implementation)
     return _run_forward(call, implementation)
 
 
@@ -175,3 +178,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         return _backward_with(_gradients, 6, ctx, dout, dlse)
+
+
+# what Function.apply calls when it has found neither a functorch transform nor a tensor that has left one
+_Attention.apply_untransformed = super(torch.autograd.Function, _Attention).apply

@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call, layout_of
+from ...call import Call, Layout, layout_of
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -22,24 +22,43 @@ class Problem:
     """A call as the kernels see it.
 
     Attributes:
-        batch, seqlen_q, seqlen_k, heads_q, heads_k: B, Sq, Sk, Hq, Hkv; packed rows have B = 1.
         sinks: (Hq,) without gaps, as the kernels read it, or None.
         layout: where ``planned`` remembers.
     """
 
     def __init__(self, call: Call):
-        q, k, v, mask = call.q, call.k, call.v, call.mask
         self.call = call
-        self.batch, self.seqlen_q, self.heads_q, _ = q.shape
-        self.seqlen_k, self.heads_k = k.shape[1], k.shape[2]
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
         self.layout = call.layout
         if self.layout is None:
+            mask = call.mask
             tensors = (
-                q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+                call.q, call.k, call.v, call.sinks,
+                mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
             )  # fmt: skip
             options = (mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic)
-            self.layout = layout_of(tensors, *options)
+            self.layout = layout_of(tensors, *options) or Layout()
+
+    @property
+    def batch(self) -> int:
+        """B; packed rows have 1."""
+        return self.call.q.shape[0]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.call.q.shape[1]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.call.k.shape[1]
+
+    @property
+    def heads_q(self) -> int:
+        return self.call.q.shape[2]
+
+    @property
+    def heads_k(self) -> int:
+        return self.call.k.shape[2]
 
     @property
     def pack(self) -> int:
@@ -66,9 +85,10 @@ class Problem:
         mask = self.call.mask
         if not mask.packed:
             return None
+        seqlen_q, seqlen_k = self.seqlen_q, self.seqlen_k
         cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
-        ranges = torch.empty(2 * (self.seqlen_q + self.seqlen_k), dtype=torch.int32, device=cu_q.device)
-        launch = _ranges_launch(cu_q.numel() - 1, self.seqlen_q, self.seqlen_k, mask.left, mask.right)
+        ranges = cu_q.new_empty(2 * (seqlen_q + seqlen_k))
+        launch = _ranges_launch(cu_q.numel() - 1, seqlen_q, seqlen_k, mask.left, mask.right)
         launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
         return ranges
 

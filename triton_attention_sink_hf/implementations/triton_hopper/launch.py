@@ -104,7 +104,7 @@ def tile_table(cu_seqlens: Tensor, ranges: Tensor, rows: int, tile: int) -> Tens
     int32 (1 + 2 slots): their number, their first rows, the ends of their segments.
     """
     segments = cu_seqlens.numel() - 1
-    table = torch.empty(1 + 2 * table_slots(rows, segments, tile), dtype=torch.int32, device=ranges.device)
+    table = ranges.new_empty(1 + 2 * table_slots(rows, segments, tile))
     launch = _table_launch(segments, rows, tile)
     launch(table_ptr=table, cu_ptr=cu_seqlens.contiguous(), ranges_ptr=ranges)
     return table
