@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import os
 import sys
+from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
 
@@ -14,15 +15,15 @@ import triton.language as tl
 from cases import Case, make_inputs
 from triton import knobs
 from triton.backends.compiler import GPUTarget
-from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor as GluonDescriptor
 from triton.runtime import jit
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.triton import backward, forward, launch, relaunch
-from triton_attention_sink_hf.implementations.triton.relaunch import Launch, unchecked
+from triton_attention_sink_hf.implementations.triton.relaunch import Blocks, Launch
+from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
+from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
 
@@ -38,6 +39,9 @@ class Utils:
 
     def unload_module(self, module):
         pass
+
+    def fill_tma_descriptor(self, *arguments):
+        return "tensor map", *arguments
 
 
 class Driver:
@@ -167,48 +171,35 @@ def same_arguments():
 
 
 def descriptors():
-    x = torch.zeros(64, 64, dtype=BF16)
+    x, y = torch.zeros(64, 64, dtype=BF16), torch.zeros(64, 64, dtype=BF16)
     b = torch.zeros(64 * 64, dtype=BF16)
-    again = Launch(_descriptor_kernel, (1,), ROWS=16, COLUMNS=32)
-    narrow = Launch(_descriptor_kernel, (1,), ROWS=16, COLUMNS=16)
 
-    def of(x, *block):
-        fields = {"base": x, "shape": x.shape, "strides": x.stride(), "block_shape": list(block)}
-        made = unchecked(TensorDescriptor, **fields)
-        assert made == TensorDescriptor(**fields) and made.padding == "zero"
-        return made
+    def launch_of(rows, columns):
+        fields = {"shape": x.shape, "strides": x.stride(), "block_shape": [rows, columns]}
+        blocks = Blocks(TensorDescriptor, fields)
+        assert blocks.of(x) == TensorDescriptor(base=x, **fields) and blocks.of(x).padding == "zero"
+        return Launch(_descriptor_kernel, (1,), {"a_desc": blocks}, ROWS=rows, COLUMNS=columns)
 
-    for run, block in ((again, (16, 32)), (narrow, (16, 16))):
-        names = []
-        for _ in range(3):
+    again, narrow = launch_of(16, 32), launch_of(16, 16)
+    kernels = set()
+    for run in (again, narrow):
+        names = set()
+        for tensor in (x, y, x):
             DRIVER.launches.clear()
-            run(a_desc=of(x, *block), b_ptr=b)
+            run(a_desc=tensor, b_ptr=b)
             (recorded,) = DRIVER.launches
-            names.append(recorded[0])
-            assert recorded[10].base is x
-        assert len(set(names)) == 1
-    # another dtype, another block: another key
-    assert len(again._compiled) == 1
-    again(a_desc=of(x.half(), 16, 32), b_ptr=b)
-    assert len(again._compiled) == 2
-    keys = list(again._compiled)
-    assert keys[0] != keys[1]
-    tensors = {"b_ptr": b}
+            names.add(recorded[0])
+            assert recorded[10].base is tensor
+        assert len(names) == 1
+        kernels |= names
+    assert len(kernels) == 2
+    # another dtype: another key
+    assert len(again._again) == 1
+    again(a_desc=x.half(), b_ptr=b)
+    assert len(again._again) == 2
+    made = [again.blocks["a_desc"].of(tensor) for tensor in (x, x.half())]
     constants = {"ROWS": 16, "COLUMNS": 32}
-    found = {triton_key(_descriptor_kernel, {"a_desc": of(y, 16, 32), **tensors}, constants) for y in (x, x.half())}
-    assert len(found) == 2
-
-    layouts = [gl.NVMMASharedLayout(swizzle_byte_width=w, element_bitwidth=16, rank=2) for w in (32, 64, 64)]
-    made = [GluonDescriptor(x, x.shape, x.stride(), [16, 32], layout) for layout in layouts]
-    narrow, wide, same_as_wide = map(relaunch._descriptor_key, made)
-    assert wide == same_as_wide and len({narrow, wide, relaunch._descriptor_key(of(x, 16, 32))}) == 3
-
-    class Described:
-        """Not a descriptor that relaunch.py knows."""
-
-        base, block_shape = x, [16, 32]
-
-    assert relaunch._descriptor_key(Described()) == relaunch._UNKNOWN
+    assert len({triton_key(_descriptor_kernel, {"a_desc": a, "b_ptr": b}, constants) for a in made}) == 2
 
 
 def observers():
@@ -262,7 +253,7 @@ def observers():
         BOUND.clear()
         again(a_ptr=wrapped, b_ptr=b, c_ptr=None)
         assert BOUND
-    assert len(again._compiled) == 1
+    assert len(again._again) == 1
     shuffled = Launch(_kernel, (1,), a_ptr=a, n=16, stride=1, scale=0.5, WIDTH=16)
     for _ in range(2):  # a tensor among the constants: not the signature that relaunch.py expects
         BOUND.clear()
@@ -279,37 +270,49 @@ def devices():
         DRIVER.launches.clear()
         again(a_ptr=a, b_ptr=b, c_ptr=None)
         assert DRIVER.launches[0][5] == f"_kernel on {device}"
-    assert len(again._compiled) == 2
+    assert len(again._again) == 2
+
+
+GPT_OSS = Case(256, heads=(16, 2), head_dim=64, dtype=BF16, window=(127, 0))
+EVERY_CASE = (
+    GPT_OSS,
+    Case(**{**GPT_OSS.__dict__, "lengths_q": (200, 56), "dlse": True}),
+    Case(256, heads=(4, 2), head_dim=64, dtype=BF16, padding="left", sinks=None),
+)
+
+
+def launches_of(case: Case, hopper: bool):
+    """A function that launches each kernel that can serve ``case``, and returns the launches recorded and how many of
+    them went through Triton."""
+    inputs = make_inputs(case)
+    call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True)
+    q, k, v = call.q, call.k, call.v
+    out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
+    dlse = lse.clone() if case.dlse else None
+    gradients = [torch.empty_like(x) for x in (q, k, v)]
+    gradients.append(None if call.sinks is None else torch.empty_like(call.sinks))
+
+    def launches():
+        problem = launch.Problem(call)
+        DRIVER.launches.clear()
+        BOUND.clear()
+        forward.launch_forward(problem, out, lse)
+        backward.launch_backward(problem, out, lse, out, dlse, *gradients)
+        if call.mask.key_padding_mask is None:
+            window_forward.launch_forward(problem, out, lse)
+            window_backward.launch_backward(problem, lse, out, dlse, *gradients)
+            if hopper:
+                hopper_forward.launch_forward(problem, out, lse)
+                hopper_backward.launch_backward(problem, out, lse, out, dlse, *gradients)
+        return list(DRIVER.launches), len(BOUND)
+
+    return launches
 
 
 def every_kernel():
     """Each kernel of the portable and the window backend is launched again around Triton, with the same arguments."""
-    gpt_oss = Case(256, heads=(16, 2), head_dim=64, dtype=BF16, window=(127, 0))
-    cases = [
-        gpt_oss,
-        Case(**{**gpt_oss.__dict__, "lengths_q": (200, 56), "dlse": True}),
-        Case(256, heads=(4, 2), head_dim=64, dtype=BF16, padding="left", sinks=None),
-    ]
-    for case in cases:
-        inputs = make_inputs(case)
-        call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True)
-        q, k, v = call.q, call.k, call.v
-        out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
-        dlse = lse.clone() if case.dlse else None
-        gradients = [torch.empty_like(x) for x in (q, k, v)]
-        gradients.append(None if call.sinks is None else torch.empty_like(call.sinks))
-
-        def launches(call=call, out=out, lse=lse, dlse=dlse, gradients=gradients):
-            problem = launch.Problem(call)
-            DRIVER.launches.clear()
-            BOUND.clear()
-            forward.launch_forward(problem, out, lse)
-            backward.launch_backward(problem, out, lse, out, dlse, *gradients)
-            if call.mask.key_padding_mask is None:
-                window_forward.launch_forward(problem, out, lse)
-                window_backward.launch_backward(problem, lse, out, dlse, *gradients)
-            return list(DRIVER.launches), len(BOUND)
-
+    for case in EVERY_CASE:
+        launches = launches_of(case, hopper=False)
         first, bound = launches()
         assert 0 < bound <= len(first)  # some are launched several times
         second, bound = launches()
@@ -320,11 +323,75 @@ def every_kernel():
                 same(left, right)
 
 
+def c_launcher():
+    """Around Triton's own launcher too, the C function gets what it got through Triton, tensor maps included."""
+    if relaunch.TRITON not in relaunch.C_LAUNCHER_VERSIONS:
+        return
+    from triton.backends.nvidia import driver as nvidia
+
+    class Record:
+        def __call__(self, *arguments):
+            DRIVER.launches.append(arguments)
+
+    nvidia.library_dirs = lambda: []
+    nvidia.compile_module_from_src = lambda **_: SimpleNamespace(launch=Record())
+    DRIVER.launcher_cls = nvidia.CudaLauncher
+    expanded = []
+    expand = nvidia.make_tensordesc_arg
+    nvidia.make_tensordesc_arg = lambda *arguments: expanded.append(arguments) or expand(*arguments)
+    calls = []
+    launcher_call = nvidia.CudaLauncher.__call__
+    nvidia.CudaLauncher.__call__ = lambda *arguments: calls.append(arguments) or launcher_call(*arguments)
+    hooks = slice(10, 13)  # launch metadata and hooks: Triton passes empty ones
+    described = 0
+    for case in EVERY_CASE:
+        launches = launches_of(case, hopper=True)
+        first, bound = launches()
+        assert 0 < bound <= len(first)
+        described += len(expanded)
+        for _ in range(3):
+            calls.clear()
+            again, bound = launches()
+            assert not calls and bound == 0
+            for x, y in zip(first, again, strict=True):
+                assert x[:10] == y[:10] and y[hooks] == (None, None, None)
+                for left, right in zip(x[13:], y[13:], strict=True):
+                    same(left, right)
+    assert described
+
+    # one tensor map for each address, and no more of them than the bound
+    x = torch.zeros(2, 64, 64, dtype=BF16)
+    b = torch.zeros(64 * 64, dtype=BF16)
+    fields = {"shape": (64, 64), "strides": (64, 1), "block_shape": [16, 32]}
+    again = Launch(_descriptor_kernel, (1,), {"a_desc": Blocks(TensorDescriptor, fields)}, ROWS=16, COLUMNS=32)
+    again(a_desc=x[0], b_ptr=b)
+    relaunch.MAX_ADDRESSES = 1
+    for tensor, made in ((x[0], 1), (x[0], 0), (x[1], 1), (x[1], 0), (x[0], 1)):
+        expanded.clear()
+        DRIVER.launches.clear()
+        again(a_desc=tensor, b_ptr=b)
+        assert len(expanded) == made and DRIVER.launches[0][13][1] == tensor.data_ptr()
+
+    # anything unknown about the launcher: Triton's own
+    for change in ({"global_scratch_size": 8}, {"profile_scratch_size": 8}, {"launch": Record()}):
+        again = Launch(_descriptor_kernel, (1,), {"a_desc": Blocks(TensorDescriptor, fields)}, ROWS=16, COLUMNS=32)
+        compiled = again._through_triton({"a_desc": x[0], "b_ptr": b})
+        usual = dict(vars(compiled.run))
+        vars(compiled.run).update(change)
+        assert again._c_launch(compiled) is None, change
+        vars(compiled.run).update(usual)
+        assert again._c_launch(compiled) is not None
+
+
 def same(left, right) -> None:
     """The same argument; workspaces, which are new at each call, only have the same kind and alignment."""
     if isinstance(left, TensorDescriptor):
         assert left.base.dtype == right.base.dtype
         assert (left.shape, left.strides, left.block_shape) == (right.shape, right.strides, right.block_shape)
+        return
+    if isinstance(left, tuple):  # a tensor map: name, address, ...
+        assert left[2:] == right[2:]
+        same(left[1], right[1])
         return
     left, right = values((left, right))
     if isinstance(left, int) and left > 2**32:  # an address

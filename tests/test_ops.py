@@ -234,3 +234,17 @@ def test_auto_on_a_cpu_is_the_reference():
     inputs = make_inputs(Case(12))
     arguments = (inputs.q, inputs.k, inputs.v, inputs.sinks)
     assert torch.equal(attention_sink(*arguments), attention_sink(*arguments, implementation="reference"))
+
+
+def test_functorch():
+    """A tensor that has left a transform may have no address; inside of one kernels are refused, whatever they get."""
+    q, k, v, sinks = _leaves(make_inputs(Case(8)))
+    left = []
+    torch.func.grad(lambda x: left.append(x) or x.sum())(q.detach())
+    want = attention_sink(q, k, v, sinks, implementation="reference")
+    assert torch.equal(attention_sink(left[0], k, v, sinks, implementation="reference"), want)
+    for q in (q, q.detach()):  # noqa: B020
+        with pytest.raises(RuntimeError, match="functorch"):
+            torch.func.grad(lambda x, q=q: (attention_sink(q, k, v, sinks, implementation="triton") * x).sum())(
+                torch.ones(())
+            )

@@ -24,7 +24,8 @@ def _run(name: str) -> None:
 
 
 @pytest.mark.parametrize(
-    "name", ["same_key_same_kernel", "same_arguments", "descriptors", "observers", "devices", "every_kernel"]
+    "name",
+    ["same_key_same_kernel", "same_arguments", "descriptors", "observers", "devices", "every_kernel", "c_launcher"],
 )
 def test_relaunch(name):
     _run(name)
@@ -37,4 +38,4 @@ def test_interpreted_kernels_go_through_triton():
         pytest.skip("needs TRITON_INTERPRET=1")
     from triton_attention_sink_hf.implementations.triton.reduce import _launch
 
-    assert _launch(3, 8)._compiled is None
+    assert _launch(3, 8)._again is None

@@ -194,3 +194,59 @@ def test_errors_do_not_depend_on_assertions():
 
     for module in (interface, validation):
         assert not re.search(r"^\s*assert ", inspect.getsource(module), re.MULTILINE), module
+
+
+HAZARDS = {
+    # equal as keys, or of one layout, and yet not what was checked before
+    "causal": ({}, {"causal": 1}, "causal must be a bool"),
+    "window": ({"window_size": (3, 0)}, {"window_size": (3.0, 0)}, "window_size must be a pair of ints"),
+    "scale": ({"softmax_scale": 1.0}, {"softmax_scale": True}, "softmax_scale must be a float"),
+    "softcap": ({}, {"softcap": False}, "softcap must be a float"),
+    "deterministic": ({"deterministic": False}, {"deterministic": 0}, "deterministic must be a bool"),
+    "used": ({"seqused_k": _ints(6, 1)}, {"seqused_k": _ints(7, 1)}, "seqused_k must be between 0 and Sk"),
+    "cu": (_packed(), _packed(cu_seqlens_k=_ints(1, 4, 12)), "cu_seqlens_k must start at 0"),
+    "shared cu": (_packed(), {"cu_seqlens_q": _ints(0, 4, 13)}, "cu_seqlens_q must end at or before"),
+    "max_seqlen": (_packed(max_seqlen_k=8), {"max_seqlen_k": 8.0}, "max_seqlen_k must be an int"),
+    "max_seqlen too small": (_packed(max_seqlen_k=8), {"max_seqlen_k": 7}, "max_seqlen_k must be >= the longest"),
+    "device": ({}, {"k": torch.zeros(B, S, HK, D, device="meta")}, "k must be on q's device cpu, got meta"),
+}
+
+
+@pytest.mark.parametrize("name", HAZARDS)
+def test_what_was_checked_before_hides_nothing(name):
+    changes, then, message = HAZARDS[name]
+    good = {**_good(), **changes}
+    for _ in range(2):
+        attention_sink(**good)
+    for _ in range(2):
+        with pytest.raises((TypeError, ValueError), match=message):
+            attention_sink(**{**good, **then})
+    attention_sink(**good)
+
+
+def test_layouts_tell_calls_apart():
+    """Whatever may change a check, the choice of kernels or a launch leads to another layout."""
+    from triton_attention_sink_hf.call import layout_of
+
+    x = torch.zeros(1, 8, 2, 17)
+    same = layout_of((x[..., :16], None), 1, 0)
+    assert layout_of((torch.zeros(1, 8, 2, 17)[..., :16], None), 1, 0) is same
+    others = [
+        layout_of((x[..., 1:], None), 1, 0),  # an address that is no multiple of 16
+        layout_of((x[..., :16].contiguous(), None), 1, 0),
+        layout_of((x[..., :16].to(torch.float16, memory_format=torch.preserve_format), None), 1, 0),
+        layout_of((x[:, :7, :, :16], None), 1, 0),
+        layout_of((x[..., :16].to("meta"), None), 1, 0),
+        layout_of((x[..., :16], x), 1, 0),
+        layout_of((None, x[..., :16]), 1, 0),
+        layout_of((x[..., :16], None), 1, -1),
+    ]
+    assert len({id(layout) for layout in (same, *others)}) == 1 + len(others)
+
+
+def test_a_subclass_has_no_layout():
+    """Its operations may be anything, so it takes the operator, and every check at each call."""
+    from triton_attention_sink_hf.call import traced
+
+    x = torch.zeros(2)
+    assert not traced(x, None, torch.nn.Parameter(x)) and traced(x, x.as_subclass(_Unreadable))

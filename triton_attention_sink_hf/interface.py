@@ -7,11 +7,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import Call
+from .call import Call, layout_of, traced
 from .implementations import KERNELS, REFERENCE, unsupported_reason
 from .masks import Mask
 from .reference import reference_attention
-from .validation import check_call
+from .validation import check_options, check_tensors, readable
 
 
 @dataclass(frozen=True)
@@ -132,21 +132,32 @@ def _prepare(
     q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
     max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
 ) -> Call:  # fmt: skip
+    # at each call, since 1, 1.0 and True would share a layout
+    check_options(causal, window_size, softmax_scale, softcap, deterministic)
+    left, right = window_size[0], 0 if causal else window_size[1]
+    if deterministic is None:
+        deterministic = torch.are_deterministic_algorithms_enabled()
     q, k, v = follow_autocast(q, k, v)
-    check_call(
-        q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-        cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
-        key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic,
-    )  # fmt: skip
+    shared = cu_seqlens_q is cu_seqlens_k
+    tensors = (q, k, v, sinks, cu_seqlens_q, None if shared else cu_seqlens_k, key_padding_mask, seqused_k)
+    layout = None
+    if not traced(*tensors):
+        layout = layout_of(
+            tensors, left, right, softmax_scale, softcap, deterministic, shared, type(max_seqlen_q), type(max_seqlen_k)
+        )
+    values = seqused_k if cu_seqlens_q is None else cu_seqlens_q
+    if layout is None or not layout.checked or (values is not None and readable(values)):
+        check_tensors(
+            q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k
+        )
+        if layout is not None:
+            layout.checked = True
     if softmax_scale is None:
         softmax_scale = q.shape[-1] ** -0.5
     if cu_seqlens_q is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-    right = 0 if causal else window_size[1]
-    mask = Mask(window_size[0], right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    if deterministic is None:
-        deterministic = torch.are_deterministic_algorithms_enabled()
-    return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic)
+    mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic, layout)
 
 
 def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -164,6 +175,15 @@ def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _choose(call: Call, implementation: str) -> str:
+    if call.layout is None:
+        return _find(call, implementation)
+    name = call.layout.implementations.get(implementation)
+    if name is None:
+        name = call.layout.implementations[implementation] = _find(call, implementation)
+    return name
+
+
+def _find(call: Call, implementation: str) -> str:
     names = (*KERNELS, REFERENCE)
     if implementation == "auto":
         return next(name for name in names if unsupported_reason(name, call, automatic=True) is None)

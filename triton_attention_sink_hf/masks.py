@@ -1,4 +1,4 @@
-"""What a query may see: one frozen description that every implementation reads.
+"""What a query may see: one description that every implementation reads.
 
 Queries and keys of one batch row (or one packed segment) are aligned at their *last* elements, as in
 flash-attn 2.1+: query ``i`` of ``Sq`` stands at key position ``i + Sk - Sq``.
@@ -12,9 +12,11 @@ import torch
 from torch import Tensor
 
 
-@dataclass(frozen=True)
+@dataclass
 class Mask:
     """Visibility of keys for queries. ``left`` and ``right`` count keys beside the query's own position.
+
+    Nobody changes one; ``frozen`` would only make it slower, at each call.
 
     Attributes:
         left: keys before the query's position that it sees; -1 = all of them.

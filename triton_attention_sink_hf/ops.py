@@ -13,34 +13,29 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 from torch.autograd.function import once_differentiable
-from torch.nn import Parameter
-from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from .call import Call
+from .call import Call, traced
 from .implementations import load
 from .masks import Mask
-
-_PLAIN = (Tensor, Parameter)
 
 
 def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     """Run ``call``. Returns out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32; both differentiable.
 
-    Tracing, dispatch modes (selective checkpointing, fake tensors) and tensor subclasses go through the operator. Plain
-    eager calls use the same functions as an ``autograd.Function``, without the host time of the operator's wrappers.
+    What is traced goes through the operator. Plain eager calls use the same functions as an ``autograd.Function``,
+    without the host time of the operator's wrappers.
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
-    if (
-        torch.compiler.is_compiling()
-        or _get_current_dispatch_mode() is not None
-        or not (type(q) in _PLAIN and type(k) in _PLAIN and type(v) in _PLAIN)
-    ):
+    if call.layout is None and traced(q, k, v):
         return attention_forward(
             q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
             mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
         )  # fmt: skip
     if _differentiated(call):
-        return _Attention.apply(q, k, v, call.sinks, call, implementation)
+        apply = _Attention.apply
+        if call.layout is not None and not _are_functorch_transforms_active():
+            apply = _Attention.apply_untransformed
+        return apply(q, k, v, call.sinks, call, implementation)
     return _run_forward(call, implementation)
 
 
@@ -183,3 +178,7 @@ class _Attention(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, dout, dlse):
         return _backward_with(_gradients, 6, ctx, dout, dlse)
+
+
+# what Function.apply calls when it has found neither a functorch transform nor a tensor that has left one
+_Attention.apply_untransformed = super(torch.autograd.Function, _Attention).apply

@@ -12,35 +12,14 @@ DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_VARIABLE = "TRITON_ATTENTION_SINK_CHECK"
 
 
-def check_call(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    *,
+def check_options(
     causal: bool,
     window_size: tuple[int, int],
     softmax_scale: float | None,
     softcap: float,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    max_seqlen_k: int | Tensor | None,
-    key_padding_mask: Tensor | None,
-    seqused_k: Tensor | None,
     deterministic: bool | None,
 ) -> None:
-    """Raise TypeError or ValueError, "NAME must be X, got Y", for a call that no implementation could honour."""
-    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_qkv(q, k, v, packed)
-    device = q.device
-    if sinks is not None:
-        heads = q.shape[-2]
-        _check_tensor("sinks", sinks, device)
-        if not sinks.is_floating_point():
-            raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
-        if sinks.shape != (heads,):
-            raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}")
+    """Raise TypeError or ValueError, "NAME must be X, got Y", for an option that no implementation could honour."""
     if not isinstance(causal, bool):
         raise TypeError(f"causal must be a bool, got {causal!r}")
     if deterministic is not None and not isinstance(deterministic, bool):
@@ -51,6 +30,31 @@ def check_call(
     _check_number("softcap", softcap)
     if softcap < 0:
         raise ValueError(f"softcap must be >= 0, got {softcap}")
+
+
+def check_tensors(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None,
+    cu_seqlens_q: Tensor | None,
+    cu_seqlens_k: Tensor | None,
+    max_seqlen_q: int | Tensor | None,
+    max_seqlen_k: int | Tensor | None,
+    key_padding_mask: Tensor | None,
+    seqused_k: Tensor | None,
+) -> None:
+    """The same for the tensors: how they are laid out, and where they are ``readable`` the values of a mask."""
+    packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    check_qkv(q, k, v, packed)
+    device = q.device
+    if sinks is not None:
+        heads = q.shape[-2]
+        _check_tensor("sinks", sinks, device)
+        if not sinks.is_floating_point():
+            raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
+        if sinks.shape != (heads,):
+            raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}")
     if packed:
         for name, value in (("key_padding_mask", key_padding_mask), ("seqused_k", seqused_k)):
             if value is not None:
@@ -84,7 +88,7 @@ def _check_tensor(name: str, value: object, device: torch.device | None = None) 
 
 
 def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
-    """The part of ``check_call`` that concerns q, k and v alone: dtypes, devices, shapes, heads."""
+    """The part of ``check_tensors`` that concerns q, k and v alone: dtypes, devices, shapes, heads."""
     _check_tensor("q", q)
     dtype, device, dims = q.dtype, q.device, 3 if packed else 4
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -14,11 +14,11 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from .config import dkv_config, dq_config
-from .launch import Problem, ceil_div, descriptor, planned, strides, use_tma
+from .launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
 from .masks import key_interval, query_interval, tile_plan
 from .primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from .reduce import sum_rows
-from .relaunch import Launch, unchecked
+from .relaunch import Blocks, Launch
 
 MIN_TMA_PACK = 4  # a copied row is at least 16 bytes
 
@@ -311,13 +311,18 @@ def _attn_bwd_dkv_kernel(
 
 @planned
 def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strides, aligned: bool) -> tuple:
-    """The launch, rows of partial sums of dsink, keys of a tile, whether it takes descriptors."""
+    """The launch, rows of partial sums of dsink, whether it takes descriptors."""
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack) * problem.batch
     tma = aligned and config.tma
+    blocks = {
+        "k_desc": token_blocks(call.k.shape, call.k.stride(), config.block_n, 1),
+        "v_desc": token_blocks(call.v.shape, call.v.stride(), config.block_n, 1),
+    }
     launch = Launch(
         _attn_bwd_dq_kernel,
         (tiles * (problem.heads_q // problem.pack),),
+        blocks if tma else {},
         **problem.mask_arguments(),
         **strides("q", call.q.stride()),
         **strides("k", call.k.stride()),
@@ -334,17 +339,24 @@ def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strid
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return launch, tiles, config.block_n, tma
+    return launch, tiles, tma
 
 
 @planned
 def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: bool) -> tuple:
-    """The launch, tokens of a step, whether it takes descriptors."""
+    """The launch, whether it takes descriptors."""
     call, config = problem.call, dkv_config(problem)
     tma = aligned and config.tma and problem.pack >= MIN_TMA_PACK
+    tokens, out_shape = config.block_m // problem.pack, (*call.q.shape[:3], call.v.shape[-1])
+    blocks = {
+        "q_desc": token_blocks(call.q.shape, call.q.stride(), tokens, problem.pack),
+        "dout_desc": token_blocks(out_shape, dout_strides, tokens, problem.pack),
+        "statistics_desc": statistics_blocks(problem, tokens),
+    }
     launch = Launch(
         _attn_bwd_dkv_kernel,
         (ceil_div(problem.seqlen_k, config.block_n) * problem.batch * problem.heads_k,),
+        blocks if tma else {},
         **problem.mask_arguments(),
         **strides("q", call.q.stride()),
         **strides("k", call.k.stride()),
@@ -360,7 +372,7 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return launch, config.block_m // problem.pack, tma
+    return launch, tma
 
 
 def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
@@ -383,12 +395,12 @@ def statistics_strides(problem: Problem) -> dict:
     return {"stride_st": tl.constexpr(1), "stride_sh": 2 * problem.seqlen_q, "stride_sp": problem.seqlen_q}
 
 
-def statistics_descriptor(problem: Problem, statistics, tokens: int) -> TensorDescriptor:
+def statistics_blocks(problem: Problem, tokens: int) -> Blocks:
     """Blocks of (1, tokens, 1, packed heads) of (B, Sq, 2, Hq): lse and delta of a tile's rows."""
-    shape = [problem.batch, problem.seqlen_q, 2, problem.heads_q]
-    stride = [2 * problem.seqlen_q * problem.heads_q, 2 * problem.heads_q, problem.heads_q, 1]
+    shape = (problem.batch, problem.seqlen_q, 2, problem.heads_q)
+    stride = (2 * problem.seqlen_q * problem.heads_q, 2 * problem.heads_q, problem.heads_q, 1)
     block_shape = [1, tokens, 1, problem.pack]
-    return unchecked(TensorDescriptor, base=statistics, shape=shape, strides=stride, block_shape=block_shape)
+    return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
@@ -396,15 +408,15 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     call, mask_tensors = problem.call, problem.mask_tensors()
     dlse_strides = None if dlse is None else dlse.stride()
     aligned = use_tma(problem, call.q, call.k, call.v, dout)
-    launch, parts, keys, tma = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
+    launch, parts, tma = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
     statistics = lse.new_empty(2 * lse.numel())
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
     launch(
         q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
-        k_desc=descriptor(call.k, keys, 1) if tma else None,
-        v_desc=descriptor(call.v, keys, 1) if tma else None,
+        k_desc=call.k if tma else None,
+        v_desc=call.v if tma else None,
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
@@ -416,14 +428,14 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         **mask_tensors,
     )
     if dk is not None:
-        launch, tokens, tma = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
+        launch, tma = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
         launch(
             q_ptr=call.q,
             k_ptr=call.k,
             v_ptr=call.v,
-            q_desc=descriptor(call.q, tokens, problem.pack) if tma else None,
-            dout_desc=descriptor(dout, tokens, problem.pack) if tma else None,
-            statistics_desc=statistics_descriptor(problem, statistics, tokens) if tma else None,
+            q_desc=call.q if tma else None,
+            dout_desc=dout if tma else None,
+            statistics_desc=statistics if tma else None,
             statistics_ptr=statistics,
             dout_ptr=dout,
             dk_ptr=dk,

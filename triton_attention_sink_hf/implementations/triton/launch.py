@@ -9,9 +9,9 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call
+from ...call import Call, Layout, layout_of
 from .masks import _segment_range_kernel
-from .relaunch import Launch, unchecked
+from .relaunch import Blocks, Launch
 
 MAX_PLANS = 1024
 TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
@@ -22,23 +22,43 @@ class Problem:
     """A call as the kernels see it.
 
     Attributes:
-        batch, seqlen_q, seqlen_k, heads_q, heads_k: B, Sq, Sk, Hq, Hkv; packed rows have B = 1.
         sinks: (Hq,) without gaps, as the kernels read it, or None.
-        key: all that a launch depends on beside the values of tensors and their addresses.
+        layout: where ``planned`` remembers.
     """
 
     def __init__(self, call: Call):
-        q, k, v, mask = call.q, call.k, call.v, call.mask
         self.call = call
-        self.batch, self.seqlen_q, self.heads_q, _ = q.shape
-        self.seqlen_k, self.heads_k = k.shape[1], k.shape[2]
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
-        padding = mask.key_padding_mask
-        self.key = (
-            q.shape, q.stride(), k.shape, k.stride(), v.shape, v.stride(), q.dtype, q.device,
-            mask.left, mask.right, mask.packed, call.softmax_scale, call.softcap, call.sinks is None,
-            None if padding is None else padding.stride(), mask.seqused_k is None,
-        )  # fmt: skip
+        self.layout = call.layout
+        if self.layout is None:
+            mask = call.mask
+            tensors = (
+                call.q, call.k, call.v, call.sinks,
+                mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+            )  # fmt: skip
+            options = (mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic)
+            self.layout = layout_of(tensors, *options) or Layout()
+
+    @property
+    def batch(self) -> int:
+        """B; packed rows have 1."""
+        return self.call.q.shape[0]
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.call.q.shape[1]
+
+    @property
+    def seqlen_k(self) -> int:
+        return self.call.k.shape[1]
+
+    @property
+    def heads_q(self) -> int:
+        return self.call.q.shape[2]
+
+    @property
+    def heads_k(self) -> int:
+        return self.call.k.shape[2]
 
     @property
     def pack(self) -> int:
@@ -65,14 +85,15 @@ class Problem:
         mask = self.call.mask
         if not mask.packed:
             return None
+        seqlen_q, seqlen_k = self.seqlen_q, self.seqlen_k
         cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
-        ranges = torch.empty(2 * (self.seqlen_q + self.seqlen_k), dtype=torch.int32, device=cu_q.device)
-        launch = _ranges_launch(cu_q.numel() - 1, self.seqlen_q, self.seqlen_k, mask.left, mask.right)
+        ranges = cu_q.new_empty(2 * (seqlen_q + seqlen_k))
+        launch = _ranges_launch(cu_q.numel() - 1, seqlen_q, seqlen_k, mask.left, mask.right)
         launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
         return ranges
 
     def sizes(self) -> dict:
-        """Arguments that every kernel takes and that ``key`` determines."""
+        """Arguments that every kernel takes and that ``layout`` determines."""
         call, mask = self.call, self.call.mask
         return {
             "softmax_scale": call.softmax_scale,
@@ -139,15 +160,11 @@ def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right
 
 
 def planned(build):
-    """Remember ``build(problem, *strides)``: the grid and the constant arguments of a launch.
-
-    Building them costs more host time than a short kernel runs, and a model repeats the same few calls.
-    """
-    plans: dict = {}
+    """Remember ``build(problem, *rest)`` for the problem's layout: the grid and the constant arguments of a launch."""
 
     @functools.wraps(build)
     def plan(problem: Problem, *rest):
-        key = (problem.key, *rest)
+        plans, key = problem.layout.plans, (build, *rest)
         result = plans.get(key)
         if result is None:
             if len(plans) >= MAX_PLANS:
@@ -155,7 +172,6 @@ def planned(build):
             result = plans[key] = build(problem, *rest)
         return result
 
-    plan.cache_clear = plans.clear
     return plan
 
 
@@ -188,11 +204,10 @@ def addressable(x: Tensor) -> bool:
     return x.storage_offset() % unit == 0 if torch.compiler.is_compiling() else x.data_ptr() % 16 == 0
 
 
-def descriptor(x: Tensor, tokens: int, heads: int) -> TensorDescriptor:
+def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int) -> Blocks:
     """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    shape = x.shape
     block_shape = [1, tokens, heads, next_power_of_2(shape[-1])]
-    return unchecked(TensorDescriptor, base=x, shape=shape, strides=x.stride(), block_shape=block_shape)
+    return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
 def ceil_div(a: int, b: int) -> int:

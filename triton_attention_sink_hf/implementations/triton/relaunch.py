@@ -4,6 +4,8 @@
 constants and options of a launch are fixed in a ``Launch``, so only its tensors can lead to another compiled kernel:
 by their dtype, by whether their address is a multiple of 16, and by being None. The first launch of each kind goes
 through Triton; later ones call the compiled kernel that Triton returned, on the device and stream that are current.
+Where Triton's launcher is known to the last argument, they call the C function inside it, and what the copy engine is
+told of a tensor is made once for each address.
 
 That skips Triton's check that the globals which a kernel reads have not changed, and nothing else. Whatever is not
 known to be equivalent goes through Triton every time: its interpreter, AMD, other versions, hooks (profilers), debug
@@ -11,6 +13,11 @@ and instrumentation modes, a replaced ``JITFunction.run``, subclasses of tensors
 """
 
 from __future__ import annotations
+
+import inspect
+import sys
+from collections.abc import Callable
+from typing import NamedTuple
 
 import triton
 from torch import Tensor
@@ -21,69 +28,138 @@ from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
 VERSIONS = (3, 6), (3, 9)  # whose JITFunction.run and launchers were read
+C_LAUNCHER_VERSIONS = ((3, 6),)  # whose launchers are looped over in Python, and whose C function's arguments are known
+MAX_ADDRESSES = 256  # remembered for each descriptor; a training loop's allocator returns to far fewer
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KNOWN_VERSION = VERSIONS[0] <= TRITON <= VERSIONS[1]
 _RUN = JITFunction.run
+
+
+class Blocks(NamedTuple):
+    """A tensor descriptor but for its tensor, of which shape and strides are fixed here.
+
+    Attributes:
+        kind: Triton's ``TensorDescriptor`` or Gluon's.
+        fields: every argument of it except ``base``.
+    """
+
+    kind: type
+    fields: dict
+
+    def of(self, x: Tensor):
+        """The descriptor of x, without ``kind``'s checks, which take longer than all else about it.
+
+        The caller has made sure that the address and the strides are multiples of 16 bytes and the last stride is 1.
+        """
+        made = object.__new__(self.kind)
+        made.__dict__ = {"base": x, **self.fields}
+        return made
 
 
 class Launch:
     """``kernel[grid](**tensors, **constants)`` with all but the tensors fixed; call it with the tensors by keyword.
 
     Args:
-        kernel: a function under ``triton.jit`` or ``gluon.jit``. Its tensors (or tensor descriptors, or None) come
-            first in its signature.
+        kernel: a function under ``triton.jit`` or ``gluon.jit``. Its tensors (or None) come first in its signature.
         grid: one to three ints.
+        blocks: the tensors that the kernel takes as descriptors, by name.
         constants: every other argument of the kernel, and options such as ``num_warps``.
     """
 
-    def __init__(self, kernel, grid: tuple[int, ...], **constants):
-        self.kernel, self.grid, self.constants = kernel, grid, constants
-        self._grid3 = (*grid, 1, 1)[:3]
+    def __init__(self, kernel, grid: tuple[int, ...], blocks: dict[str, Blocks] | None = None, **constants):
+        self.kernel, self.grid, self.blocks, self.constants = kernel, grid, blocks or {}, constants
         names = getattr(kernel, "arg_names", [])
         self._tensors = [name for name in names if name not in constants]
-        self._rest = tuple(constants[name] for name in names if name in constants)
         known = _KNOWN_VERSION and isinstance(kernel, JITFunction) and names[: len(self._tensors)] == self._tensors
-        self._compiled: dict | None = {} if known else None
+        self._again: dict[tuple, Callable] | None = {} if known else None
 
     def __call__(self, **tensors) -> None:
-        kernel = self.kernel
-        if self._compiled is None or not _unobserved(kernel):
-            kernel[self.grid](**tensors, **self.constants)
+        if self._again is None or not _unobserved(self.kernel):
+            self._through_triton(tensors)
             return
         active = driver.active
         device = active.get_current_device()
-        key, arguments = [device, len(tensors)], []
+        key, addresses = [device, len(tensors)], []
         for name in self._tensors:
             x = tensors[name]
-            kind = type(x)
-            if kind is Tensor or kind is Parameter:
-                address = x.data_ptr()
-                key += x.dtype, address % 16 == 0, x.get_device()
-                arguments.append(address)  # from a tensor the launcher would take it again, and ask the driver about it
-            else:
-                key.append(None if x is None else _descriptor_key(x))
-                arguments.append(x)
+            if x is None:
+                key.append(None)
+                addresses.append(None)
+                continue
+            if type(x) is not Tensor and type(x) is not Parameter:
+                self._through_triton(tensors)
+                return
+            address = x.data_ptr()
+            key += x.dtype, address % 16 == 0, x.get_device()
+            addresses.append(address)  # from a tensor the launcher would take it again, and ask the driver about it
         key = tuple(key)
-        compiled = self._compiled.get(key)
-        if compiled is None:
-            compiled = kernel[self.grid](**tensors, **self.constants)
-            if _relaunchable(compiled) and _UNKNOWN not in key:
-                self._compiled[key] = compiled
+        again = self._again.get(key)
+        if again is None:
+            compiled = self._through_triton(tensors)
+            if _relaunchable(compiled):
+                self._again[key] = self._c_launch(compiled) or self._run(compiled)
             return
-        stream = active.get_current_stream(device)
-        compiled.run(
-            *self._grid3, stream, compiled.function, compiled.packed_metadata, None, None, None, *arguments, *self._rest
-        )
+        again(active.get_current_stream(device), addresses, tensors)
 
+    def _through_triton(self, tensors: dict):
+        described = {name: blocks.of(tensors[name]) for name, blocks in self.blocks.items()}
+        return self.kernel[self.grid](**{**tensors, **described}, **self.constants)
 
-def unchecked(kind: type, **fields):
-    """``kind(**fields)``, a tensor descriptor, without its checks, which take longer than all else about it.
+    def _fixed(self) -> tuple[tuple, tuple]:
+        """The grid, and the arguments after the tensors."""
+        rest = self.kernel.arg_names[len(self._tensors) :]
+        return (*self.grid, 1, 1)[:3], tuple(self.constants[name] for name in rest)
 
-    The caller has made sure that the address and the strides are multiples of 16 bytes and the last stride is 1.
-    """
-    x = object.__new__(kind)
-    x.__dict__ = fields
-    return x
+    def _run(self, compiled: CompiledKernel) -> Callable:
+        """Launches ``compiled`` by what Triton launches it by."""
+        (grid, rest), run = self._fixed(), compiled.run
+        kernel = (compiled.function, compiled.packed_metadata, None, None, None)
+        blocks = [(self._tensors.index(name), name, blocks) for name, blocks in self.blocks.items()]
+
+        def again(stream: int, arguments: list, tensors: dict) -> None:
+            for index, name, kind in blocks:
+                arguments[index] = kind.of(tensors[name])
+            run(*grid, stream, *kernel, *arguments, *rest)
+
+        return again
+
+    def _c_launch(self, compiled: CompiledKernel) -> Callable | None:
+        """The same by the C function inside, around two loops over all arguments; None if anything is not as known."""
+        launcher = compiled.run
+        module = sys.modules[type(launcher).__module__]
+        if TRITON not in C_LAUNCHER_VERSIONS or module.__name__ != "triton.backends.nvidia.driver":
+            return None
+        if launcher.global_scratch_size or launcher.profile_scratch_size:
+            return None
+        launch, blocks = launcher.launch, []
+        if self.blocks:
+            launch = inspect.getclosurevars(launch).nonlocals.get("launcher") if inspect.isfunction(launch) else None
+            names = sorted(self.blocks, key=self._tensors.index)
+            metadata = compiled.metadata.tensordesc_meta or ()
+            if launch is None or len(metadata) != len(names) or None in metadata:
+                return None
+            for name, meta in zip(names, metadata, strict=True):
+                blocks.append((self._tensors.index(name), name, self.blocks[name], meta, {}))
+            blocks.reverse()  # each becomes several arguments, which moves those behind it
+        expand = module.make_tensordesc_arg
+        grid, rest = self._fixed()
+        kernel = (
+            compiled.function, launcher.launch_cooperative_grid, launcher.launch_pdl, None, None,
+            compiled.packed_metadata, None, None, None,
+        )  # fmt: skip
+
+        def again(stream: int, arguments: list, tensors: dict) -> None:
+            for index, name, kind, meta, known in blocks:
+                address = arguments[index]
+                expanded = known.get(address)
+                if expanded is None:
+                    if len(known) >= MAX_ADDRESSES:
+                        known.clear()
+                    expanded = known[address] = expand(kind.of(tensors[name]), meta)
+                arguments[index : index + 1] = expanded
+            launch(*grid, stream, *kernel, *arguments, *rest)
+
+        return again
 
 
 def _unobserved(kernel: JITFunction) -> bool:
@@ -103,17 +179,6 @@ def _unobserved(kernel: JITFunction) -> bool:
 def _called(hook) -> bool:
     """Whether a launch hook, a HookChain as a rule, calls anything."""
     return bool(getattr(hook, "calls", hook is not None))
-
-
-_UNKNOWN = "unknown"
-
-
-def _descriptor_key(x) -> tuple | str:
-    """What Triton's name for the type of a tensor descriptor is made of; ``layout`` is Gluon's."""
-    kind = type(x)
-    if kind.__name__ != "TensorDescriptor" or type(x.base) not in (Tensor, Parameter):
-        return _UNKNOWN
-    return kind, x.base.dtype, x.base.get_device(), tuple(x.block_shape), getattr(x, "layout", None)
 
 
 def _relaunchable(compiled) -> bool:

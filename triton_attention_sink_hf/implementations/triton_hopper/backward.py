@@ -10,6 +10,7 @@ asked for. Before the kernel ``statistics.py`` runs (delta, lse in base 2, dsink
 ``_finish`` (dq in its own dtype).
 """
 
+import torch
 import triton
 import triton.language as tl
 from triton.experimental import gluon
@@ -28,9 +29,9 @@ from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
-from .launch import call_constants, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
+from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
 from .schedule import block_range, interval, own_blocks, tile_count, work_item
-from .statistics import ROWS, new_statistics, prepare_launch
+from .statistics import ROWS, new_statistics, prepare_launch, statistics_blocks
 
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
@@ -421,10 +422,23 @@ def _plan(
         "CONSUMER_REGISTERS": config.registers[0],
         "DQ_REGISTERS": config.registers[1],
     }
+    q, k, v = call.q, call.k, call.v
+    (_, seqlen, heads, d), out_shape = q.shape, (*q.shape[:3], v.shape[-1])
+    buffer_strides = (seqlen * heads * d, heads * d, d, 1)
+    statistics = statistics_blocks(problem, BLOCK_M)
+    blocks = {
+        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, BLOCK_M),
+        "dout_desc": row_blocks(out_shape, dout_strides, q.dtype, BLOCK_M),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, 64),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, 64),
+        "lse_desc": statistics,
+        "delta_desc": statistics,
+        "dq_desc": row_blocks(q.shape, buffer_strides, torch.float32, BLOCK_M, 64),
+    }
     rows = (problem.heads_q, ceil_div(problem.seqlen_q, ROWS), problem.batch)
     return (
         prepare_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=True),
-        Launch(_hopper_bwd_kernel, (tiles * problem.batch * problem.heads_k,), **main),
+        Launch(_hopper_bwd_kernel, (tiles * problem.batch * problem.heads_k,), blocks, **main),
         Launch(_finish_kernel, rows, **finish),
     )
 
@@ -447,13 +461,13 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     unused = lse  # warp_specialize passes no None
     key_ranges = unused if ranges is None else ranges[2 * problem.seqlen_q :]
     main(
-        q_desc=rows_descriptor(call.q, BLOCK_M),
-        dout_desc=rows_descriptor(dout, BLOCK_M),
-        k_desc=rows_descriptor(call.k, 64),
-        v_desc=rows_descriptor(call.v, 64),
-        lse_desc=statistics_descriptor(statistics[0], BLOCK_M),
-        delta_desc=statistics_descriptor(statistics[1], BLOCK_M),
-        dq_desc=rows_descriptor(buffer, BLOCK_M, 64),
+        q_desc=call.q,
+        dout_desc=dout,
+        k_desc=call.k,
+        v_desc=call.v,
+        lse_desc=statistics[0],
+        delta_desc=statistics[1],
+        dq_desc=buffer,
         k_ptr=call.k,
         v_ptr=call.v,
         dk_ptr=dk,

@@ -21,7 +21,7 @@ from ..triton.primitives import LN2, LOG2E
 from ..triton.relaunch import Launch
 from .config import forward_config
 from .gluon_compat import async_load
-from .launch import call_constants, rows_descriptor, section_of_heads, table_slots, tile_table
+from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
 from .schedule import block_range, interval, own_blocks, persistent_item, tile_count, work_item
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
@@ -398,7 +398,7 @@ def _hopper_fwd_kernel(
 
 @planned
 def _plan(problem: Problem, out_strides, segments: int) -> tuple:
-    """Config, rows of a tile, launch."""
+    """Rows of a tile, launch."""
     call, mask, config = problem.call, problem.call.mask, forward_config(problem)
     tile = 64 * config.consumers
     heads = problem.batch * problem.heads_q
@@ -422,21 +422,27 @@ def _plan(problem: Problem, out_strides, segments: int) -> tuple:
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
     }
-    grid = (min(tiles * heads, multiprocessors(call.q.device)),)
-    return config, tile, Launch(_hopper_fwd_kernel, grid, **constants)
+    q, k, v = call.q, call.k, call.v
+    blocks = {
+        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, 64),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, config.block_n),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, config.block_n),
+    }
+    grid = (min(tiles * heads, multiprocessors(q.device)),)
+    return tile, Launch(_hopper_fwd_kernel, grid, blocks, **constants)
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
     cu = call.mask.cu_seqlens_q
-    config, tile, launch = _plan(problem, out.stride(), 0 if cu is None else cu.numel() - 1)
+    tile, launch = _plan(problem, out.stride(), 0 if cu is None else cu.numel() - 1)
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
     launch(
-        q_desc=rows_descriptor(call.q, 64),
-        k_desc=rows_descriptor(call.k, config.block_n),
-        v_desc=rows_descriptor(call.v, config.block_n),
+        q_desc=call.q,
+        k_desc=call.k,
+        v_desc=call.v,
         out_ptr=out,
         lse_ptr=lse,
         sink_ptr=unused if problem.sinks is None else problem.sinks,

@@ -10,7 +10,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton.launch import MAX_PLANS, Problem, ceil_div, next_power_of_2
-from ..triton.relaunch import Launch, unchecked
+from ..triton.relaunch import Blocks, Launch
 from .schedule import _tile_table_kernel
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
@@ -26,39 +26,24 @@ def padded(d: int) -> int:
     return max(next_power_of_2(d), 64)
 
 
-def rows_descriptor(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+def row_blocks(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int | None = None
+) -> Blocks:
     """Blocks of (1, 1, rows, columns) of a BSHD tensor seen as BHSD; what lies outside reads as 0, is not written.
 
-    x must be what the copy engine can address: strides and address in multiples of 16 bytes, the last stride 1.
+    The copy engine must be able to address it: strides and address in multiples of 16 bytes, the last stride 1.
     """
-    b, t, h, d = x.shape
-    stride_b, stride_t, stride_h, stride_d = x.stride()
-    block = [1, 1, rows, columns or padded(d)]
-    return unchecked(
-        TensorDescriptor,
-        base=x,
-        shape=[b, h, t, d],
-        strides=[stride_b, stride_h, stride_t, stride_d],
-        block_shape=block,
-        layout=_shared_layout(rows, block[3], x.dtype),
-        padding="zero",
-    )
-
-
-_ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
-
-
-def statistics_descriptor(x: Tensor, rows: int) -> TensorDescriptor:
-    """Blocks of (1, rows) of fp32 (heads, padded rows), contiguous."""
-    return unchecked(
-        TensorDescriptor,
-        base=x,
-        shape=list(x.shape),
-        strides=list(x.stride()),
-        block_shape=[1, rows],
-        layout=_ROW,
-        padding="zero",
-    )
+    b, t, h, d = shape
+    stride_b, stride_t, stride_h, stride_d = stride
+    columns = columns or padded(d)
+    fields = {
+        "shape": [b, h, t, d],
+        "strides": [stride_b, stride_h, stride_t, stride_d],
+        "block_shape": [1, 1, rows, columns],
+        "layout": _shared_layout(rows, columns, dtype),
+        "padding": "zero",
+    }
+    return Blocks(TensorDescriptor, fields)
 
 
 def call_constants(problem: Problem) -> dict:
@@ -104,7 +89,7 @@ def tile_table(cu_seqlens: Tensor, ranges: Tensor, rows: int, tile: int) -> Tens
     int32 (1 + 2 slots): their number, their first rows, the ends of their segments.
     """
     segments = cu_seqlens.numel() - 1
-    table = torch.empty(1 + 2 * table_slots(rows, segments, tile), dtype=torch.int32, device=ranges.device)
+    table = ranges.new_empty(1 + 2 * table_slots(rows, segments, tile))
     launch = _table_launch(segments, rows, tile)
     launch(table_ptr=table, cu_ptr=cu_seqlens.contiguous(), ranges_ptr=ranges)
     return table

@@ -2,11 +2,13 @@
 
 import triton
 import triton.language as tl
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, next_power_of_2, strides
 from ..triton.primitives import LOG2E, exp
-from ..triton.relaunch import Launch
+from ..triton.relaunch import Blocks, Launch
 
 ROWS = 128  # rows of a program
 
@@ -73,6 +75,22 @@ def prepare_launch(problem: Problem, out_strides, dout_strides, dlse_strides, ha
         BLOCK_DV=next_power_of_2(call.v.shape[-1]),
         ROWS=ROWS,
     )
+
+
+_ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
+
+
+def statistics_blocks(problem: Problem, rows: int) -> Blocks:
+    """Blocks of (1, rows) of lse or of delta, (B Hq, padded Sq)."""
+    padded_q = ceil_div(problem.seqlen_q, ROWS) * ROWS
+    fields = {
+        "shape": [problem.batch * problem.heads_q, padded_q],
+        "strides": [padded_q, 1],
+        "block_shape": [1, rows],
+        "layout": _ROW,
+        "padding": "zero",
+    }
+    return Blocks(TensorDescriptor, fields)
 
 
 def new_statistics(problem: Problem, like, has_sinks: bool) -> tuple:

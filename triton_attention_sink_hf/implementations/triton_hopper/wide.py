@@ -22,9 +22,9 @@ from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load
-from .launch import call_constants, rows_descriptor, section_of_heads, statistics_descriptor, table_slots, tile_table
+from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
 from .schedule import block_range, interval, own_blocks, tile_count, work_item
-from .statistics import new_statistics, prepare_launch
+from .statistics import new_statistics, prepare_launch, statistics_blocks
 
 BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
 QUERIES = 128  # of a program of the dq kernel
@@ -427,27 +427,37 @@ def _plan(
 ) -> tuple:  # fmt: skip
     """Launches: statistics; dk and dv, or None where they are not asked for; dq."""
     call, packed, constants = problem.call, problem.call.mask.packed, call_constants(problem)
-    bytes_per_row = (call.q.shape[-1] + call.v.shape[-1]) * call.q.element_size()
     prepare = prepare_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=False)
+    q, k, v = call.q, call.k, call.v
+    blocks = {
+        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, BLOCK),
+        "dout_desc": row_blocks((*q.shape[:3], v.shape[-1]), dout_strides, q.dtype, BLOCK),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, BLOCK),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, BLOCK),
+    }
+    statistics = statistics_blocks(problem, BLOCK)
+    bytes_per_row = (q.shape[-1] + v.shape[-1]) * q.element_size()
 
-    def launch(kernel, rows: int, tile: int, segments: int, heads: int, section: int, **rest) -> Launch:
+    def launch(kernel, blocks: dict, rows: int, tile: int, segments: int, heads: int, section: int, **rest) -> Launch:
         slots = table_slots(rows, segments, tile)
         tiles = slots if packed else ceil_div(rows, tile)
         total = problem.batch * heads
         grid = (tiles * total,)
         sizes = {"slots": slots, "tiles": tiles, "heads": total, "section": section}
-        return Launch(kernel, grid, **constants, **sizes, **rest, D=call.q.shape[-1], BLOCK=BLOCK, REGISTERS=REGISTERS)
+        rest |= {"D": q.shape[-1], "BLOCK": BLOCK, "REGISTERS": REGISTERS}
+        return Launch(kernel, grid, blocks, **constants, **sizes, **rest)
 
     dkv = None
     if dk_strides is not None:
         group = problem.heads_q // problem.heads_k
         dkv = launch(
-            _hopper_dkv_kernel, problem.seqlen_k, BLOCK, segments_k, problem.heads_k,
+            _hopper_dkv_kernel, {**blocks, "lse_desc": statistics, "delta_desc": statistics},
+            problem.seqlen_k, BLOCK, segments_k, problem.heads_k,
             section_of_heads(problem, problem.heads_k, WIDE_L2_BYTES // (bytes_per_row * group)),
             heads_k=problem.heads_k, **strides("dk", dk_strides), **strides("dv", dv_strides), ALIGN=ALIGN,
         )  # fmt: skip
     dq = launch(
-        _hopper_dq_kernel, problem.seqlen_q, QUERIES, segments_q, problem.heads_q,
+        _hopper_dq_kernel, blocks, problem.seqlen_q, QUERIES, segments_q, problem.heads_q,
         section_of_heads(problem, problem.heads_q, WIDE_L2_BYTES // bytes_per_row),
         heads_q=problem.heads_q, padded_q=prepare.constants["padded_q"], **strides("dq", dq_strides), QUERIES=QUERIES,
     )  # fmt: skip
@@ -469,24 +479,19 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     )  # fmt: skip
     unused = lse  # warp_specialize passes no None
     key_ranges = None if ranges is None else ranges[2 * problem.seqlen_q :]
-    descriptors = {
-        "q_desc": rows_descriptor(call.q, BLOCK),
-        "dout_desc": rows_descriptor(dout, BLOCK),
-        "k_desc": rows_descriptor(call.k, BLOCK),
-        "v_desc": rows_descriptor(call.v, BLOCK),
-    }
+    tensors = {"q_desc": call.q, "dout_desc": dout, "k_desc": call.k, "v_desc": call.v}
     if dkv_launch is not None:
         dkv_launch(
-            **descriptors,
-            lse_desc=statistics_descriptor(statistics[0], BLOCK),
-            delta_desc=statistics_descriptor(statistics[1], BLOCK),
+            **tensors,
+            lse_desc=statistics[0],
+            delta_desc=statistics[1],
             dk_ptr=dk,
             dv_ptr=dv,
             ranges_ptr=unused if ranges is None else key_ranges,
             table_ptr=unused if ranges is None else tile_table(cu_k, key_ranges, problem.seqlen_k, BLOCK),
         )
     dq_launch(
-        **descriptors,
+        **tensors,
         statistics_ptr=statistics,
         dq_ptr=dq,
         ranges_ptr=unused if ranges is None else ranges,

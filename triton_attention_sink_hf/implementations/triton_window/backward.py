@@ -10,7 +10,7 @@ import triton
 import triton.language as tl
 
 from ..triton.backward import dlse_arguments
-from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
+from ..triton.launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
 from ..triton.masks import key_interval, query_interval
 from ..triton.primitives import LOG2E, exp, matmul, store_tile
 from ..triton.reduce import sum_rows
@@ -191,14 +191,21 @@ def _window_bwd_dkv_kernel(
 
 
 @planned
-def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple[Launch, int, int]:
-    """The launch, rows of partial sums of dsink, tokens of a tile."""
+def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool) -> tuple[Launch, int]:
+    """The launch, rows of partial sums of dsink."""
     call, config = problem.call, dq_config(problem)
     tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch
     n_tiles = tiles * (problem.heads_q // problem.pack)
+    shape, out_shape = call.q.shape, (*call.q.shape[:3], call.v.shape[-1])
+    blocks = {
+        "q_ptr": token_blocks(shape, call.q.stride(), config.tokens, problem.pack),
+        "dout_ptr": token_blocks(out_shape, dout_strides, config.tokens, problem.pack),
+        "dq_ptr": token_blocks(shape, dq_strides, config.tokens, problem.pack),
+    }
     launch = Launch(
         _window_bwd_dq_kernel,
         (min(n_tiles, programs(problem, config)),),
+        blocks if tma else {},
         **window_arguments(problem),
         **strides("q", call.q.stride()),
         **strides("k", call.k.stride()),
@@ -216,7 +223,7 @@ def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return launch, tiles, config.tokens
+    return launch, tiles
 
 
 @planned
@@ -251,19 +258,18 @@ def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> No
     call, ranges = problem.call, problem.ranges
     tma = use_tma(problem, call.q, dout, dq)
     dlse_strides = None if dlse is None else dlse.stride()
-    launch, parts, tokens = _dq_plan(problem, dout.stride(), dq.stride(), dlse_strides, tma)
+    launch, parts = _dq_plan(problem, dout.stride(), dq.stride(), dlse_strides, tma)
     statistics = lse.new_empty(problem.batch, problem.seqlen_q, 2, problem.heads_q)
     dsink_parts = None if dsinks is None else lse.new_empty(parts, problem.heads_q)
-    q_rows, dout_rows, dq_rows = (descriptor(x, tokens, problem.pack) if tma else x for x in (call.q, dout, dq))
     launch(
-        q_ptr=q_rows,
+        q_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
         sink_ptr=problem.sinks,
         lse_ptr=lse,
-        dout_ptr=dout_rows,
+        dout_ptr=dout,
         dlse_ptr=dlse,
-        dq_ptr=dq_rows,
+        dq_ptr=dq,
         statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
         ranges_ptr=ranges,

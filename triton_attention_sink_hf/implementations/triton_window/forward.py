@@ -8,7 +8,7 @@ and fetch their next queries into L2 while they compute.
 import triton
 import triton.language as tl
 
-from ..triton.launch import Problem, ceil_div, descriptor, planned, strides, use_tma
+from ..triton.launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
 from ..triton.masks import query_interval
 from ..triton.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
 from ..triton.relaunch import Launch
@@ -248,13 +248,14 @@ def _window_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides, tma: bool) -> tuple[Launch, int]:
-    """The launch, tokens of a block of q."""
+def _plan(problem: Problem, out_strides, tma: bool) -> Launch:
     call, config = problem.call, forward_config(problem)
     n_tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch * (problem.heads_q // problem.pack)
-    launch = Launch(
+    q_blocks = token_blocks(call.q.shape, call.q.stride(), config.tokens // config.parts, problem.pack)
+    return Launch(
         _window_fwd_kernel,
         (min(n_tiles, programs(problem, config)),),
+        {"q_ptr": q_blocks} if tma else {},
         **window_arguments(problem),
         **strides("q", call.q.stride()),
         **strides("k", call.k.stride()),
@@ -275,16 +276,14 @@ def _plan(problem: Problem, out_strides, tma: bool) -> tuple[Launch, int]:
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return launch, config.tokens // config.parts
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    tma = use_tma(problem, call.q)
-    launch, tokens = _plan(problem, out.stride(), tma)
+    launch = _plan(problem, out.stride(), use_tma(problem, call.q))
     launch(
-        q_ptr=descriptor(call.q, tokens, problem.pack) if tma else call.q,
+        q_ptr=call.q,
         prefetch_ptr=call.q,
         k_ptr=call.k,
         v_ptr=call.v,
