@@ -2,7 +2,8 @@
 
 The launchers themselves run, on tensors without memory, with Triton's driver replaced by one that names the target and
 with every launch turned into a compilation. So the arguments, their specialisation and the configs are the real ones.
-Prints one JSON object per line: kernel, case, shared memory in bytes, spilled registers (CUDA: stack bytes per thread).
+Prints one JSON object per line: kernel, case, shared memory in bytes, spilled registers (CUDA: stack bytes per thread),
+reads of unwritten registers (``sass.py``; Hopper only).
 """
 
 from __future__ import annotations
@@ -13,12 +14,14 @@ import re
 import subprocess
 import sys
 import tempfile
+from pathlib import Path
 
 os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
 from cases import Case, hopper, short_window
+from sass import disassemble, unwritten
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -181,6 +184,9 @@ def main(target: str, cases: dict[str, Case]) -> None:
     for name, case in cases.items():
         for kernel_name, kernel in compile_case(case):
             row = {"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared, "spilled": spilled(kernel)}
+            if target == "sm90":
+                with tempfile.TemporaryDirectory() as folder:
+                    row["unwritten"] = unwritten(disassemble(kernel.asm["cubin"], Path(folder)))[:3]
             print(json.dumps(row), flush=True)
 
 

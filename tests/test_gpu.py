@@ -46,6 +46,10 @@ CASES = {
     "d40 dv128": Case(450, 600, batch=2, heads=(6, 2), head_dim=(40, 128), dlse=True),
     "more queries than keys": Case(700, 300, heads=(8, 2), head_dim=64, dlse=True),
     "bidirectional packed": Case(1000, lengths_q=(100, 0, 700, 150), heads=(6, 6), head_dim=128, causal=False),
+    # no tile needs a mask at its right edge, so the kernels' first loops are skipped
+    "bidirectional aligned": Case(768, heads=(8, 2), head_dim=64, causal=False),
+    "bidirectional aligned d128": Case(768, heads=(8, 2), head_dim=128, causal=False, window=(300, -1)),
+    "bidirectional packed aligned": Case(1152, lengths_q=(384, 768), heads=(8, 2), head_dim=64, causal=False),
     "cross packed": Case(800, 1100, lengths_q=(300, 450, 50), lengths_k=(900, 20, 180), heads=(8, 4), head_dim=64),
     "wide window packed": Case(
         3000, lengths_q=(2000, 800, 1, 199), window=(600, 0), heads=(16, 2), head_dim=64, dlse=True

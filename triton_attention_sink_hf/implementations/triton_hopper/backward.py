@@ -28,7 +28,7 @@ from ..triton.primitives import LOG2E
 from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
-from .gluon_compat import async_atomic_add, async_load, thread_barrier
+from .gluon_compat import async_atomic_add, async_load, hidden_zero, thread_barrier
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
 from .schedule import block_range, interval, own_blocks, tile_count, work_item
 from .statistics import ROWS, new_statistics, prepare_launch, statistics_blocks
@@ -91,15 +91,19 @@ def _dq_part(
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
     """64 columns of a dq tile: dS of both consumers, or of the first alone, times K, added to the buffer."""
-    ds0 = ds_smem.index(e * 2).permute((1, 0))
-    ds1 = ds_smem.index(e * 2 + 1).permute((1, 0))
-    k0 = k_smem.index(0).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
-    k1 = k_smem.index(1).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
     if both:
+        zero_index = hidden_zero()
+        ds0 = ds_smem.index(e * 2 + zero_index).permute((1, 0))
+        ds1 = ds_smem.index(e * 2 + 1 + zero_index).permute((1, 0))
+        k0 = k_smem.index(zero_index).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
+        k1 = k_smem.index(1 + zero_index).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
         dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
         dq = warpgroup_mma(ds1, k1, dq, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
     else:
+        zero_index = hidden_zero()
+        ds0 = ds_smem.index(e * 2 + zero_index).permute((1, 0))
+        k0 = k_smem.index(zero_index).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
         dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
     if last:
@@ -256,7 +260,7 @@ def _consumer(
         if (w == 1) & (i < begin):  # these keys are seen by no query of the block
             if SMALL:
                 mbarrier.wait(full.index(next_slot), next_phase)
-                q_next = q_smem.index(next_slot).reshape([BLOCK_M, BLOCK_D])
+                q_next = q_smem.index(next_slot + hidden_zero()).reshape([BLOCK_M, BLOCK_D])
                 s = warpgroup_mma(k, q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
                 s = warpgroup_mma_wait(0, deps=[s])
             mbarrier.wait(ds_empty.index(e), ((c >> 1) & 1) ^ 1)

@@ -20,7 +20,7 @@ from ..triton.launch import Problem, ceil_div, multiprocessors, planned, strides
 from ..triton.primitives import LN2, LOG2E
 from ..triton.relaunch import Launch
 from .config import forward_config
-from .gluon_compat import async_load
+from .gluon_compat import async_load, hidden_zero
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
 from .schedule import block_range, interval, own_blocks, persistent_item, tile_count, work_item
 
@@ -156,6 +156,12 @@ def _step(
 
 
 @gluon.jit
+def _queries(buffer, q_smem, BLOCK_D: gl.constexpr):
+    """The operand for one loop or branch; each asks for its own (see ``hidden_zero``)."""
+    return q_smem.index(buffer + hidden_zero()).reshape([64, BLOCK_D])
+
+
+@gluon.jit
 def _skip(c, full, empty, w: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
     """Give slot c back unused, but not before it is filled: until then the others may still hold what was in it."""
     slot = c % STAGES
@@ -168,7 +174,7 @@ def _skip(c, full, empty, w: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.c
 
 @gluon.jit
 def _scores(
-    c, q, k_smem, full, empty, zero, w: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    c, buffer, q_smem, k_smem, full, empty, zero, w: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
 ):  # fmt: skip
     """Scores of the block whose K slot c holds; its V is of a block that these rows do not see."""
@@ -176,6 +182,7 @@ def _scores(
     mbarrier.wait(full.index(slot), (c // STAGES) & 1)
     if TURNS:
         _wait_for_turn(w)
+    q = _queries(buffer, q_smem, BLOCK_D)
     k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     if TURNS:
@@ -239,17 +246,18 @@ def _consumer(
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
         n0 = start + (own - 1) * BLOCK_N
-        q = q_smem.index(i % Q_BUFFERS * CONSUMERS + w).reshape([64, BLOCK_D])
+        buffer = i % Q_BUFFERS * CONSUMERS + w
         # s holds the scores of block n - 1. Where these rows see nothing of it, nor of those below it, until block own
         if SKIPS and own < n:
             for _ in range(own, n - 1):
                 _skip(c, full, empty, w, CONSUMERS, STAGES, TURNS)
                 c += 1
-            s = _scores(c, q, k_smem, full, empty, zero, w, BLOCK_N, BLOCK_D, CONSUMERS, STAGES, TURNS)
+            s = _scores(c, buffer, q_smem, k_smem, full, empty, zero, w, BLOCK_N, BLOCK_D, CONSUMERS, STAGES, TURNS)
             c += 1
         # blocks own - 1 to 1, descending; block 0 follows below
         right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
         middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
+        q = _queries(buffer, q_smem, BLOCK_D)
         for _ in range(0, right_edge):
             s, acc, m, l = _step(
                 s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
@@ -257,6 +265,7 @@ def _consumer(
             )  # fmt: skip
             c += 1
             n0 -= BLOCK_N
+        q = _queries(buffer, q_smem, BLOCK_D)
         for _ in range(right_edge, middle):
             s, acc, m, l = _step(
                 s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, HAS_LO,
@@ -265,6 +274,7 @@ def _consumer(
             c += 1
             n0 -= BLOCK_N
         if HAS_LO:
+            q = _queries(buffer, q_smem, BLOCK_D)
             for _ in range(middle, own - 1):
                 s, acc, m, l = _step(
                     s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
@@ -272,12 +282,12 @@ def _consumer(
                 )  # fmt: skip
                 c += 1
                 n0 -= BLOCK_N
-        mbarrier.arrive(q_empty.index(i % Q_BUFFERS * CONSUMERS + w), count=1)
+        mbarrier.arrive(q_empty.index(buffer), count=1)
         # The last block's P V goes out with the first scores of the next tile; after the last tile these are waste.
         i += 1  # noqa: SIM113
         following = i % Q_BUFFERS * CONSUMERS + w
         mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
-        q = q_smem.index(following).reshape([64, BLOCK_D])
+        q = _queries(following, q_smem, BLOCK_D)
         s, acc, m, l = _step(
             s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
             BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
