@@ -87,7 +87,7 @@ def _effects(text: str) -> tuple[frozenset[int], frozenset[int]]:
     name, _, operands = body.partition(" ")
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", operands)]
     written: set[int] = set()
-    if name.startswith(("U", "R2UR", "S2UR", "CS2UR", "VOTEU")) and not name.startswith(NO_RESULT):
+    if name.startswith(("U", "R2UR", "S2UR", "CS2UR", "VOTEU", "REDUX")) and not name.startswith(NO_RESULT):
         first = next((k for k, part in enumerate(parts) if not re.fullmatch(r"U?P[T\d]+", part)), None)
         if first is not None and (found := re.fullmatch(r"UR(\d+)", parts[first])):
             written.add(int(found[1]))

@@ -28,7 +28,7 @@ from ..triton.primitives import LOG2E
 from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
-from .gluon_compat import async_atomic_add, async_load, hidden_zero, thread_barrier
+from .gluon_compat import async_atomic_add, async_load, thread_barrier
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
 from .schedule import block_range, interval, own_blocks, tile_count, work_item
 from .statistics import ROWS, new_statistics, prepare_launch, statistics_blocks
@@ -87,25 +87,17 @@ def _load_block(
 
 @gluon.jit
 def _dq_part(
-    part: gl.constexpr, last: gl.constexpr, both, o, e, b, head, m0, zero, k_smem, ds_smem, dq_smem, dq_desc, ds_empty,
+    part: gl.constexpr, last: gl.constexpr, o, e, b, head, m0, zero, k_smem, ds_smem, dq_smem, dq_desc, ds_empty,
     BLOCK_D: gl.constexpr,
 ):  # fmt: skip
-    """64 columns of a dq tile: dS of both consumers, or of the first alone, times K, added to the buffer."""
-    if both:
-        zero_index = hidden_zero()
-        ds0 = ds_smem.index(e * 2 + zero_index).permute((1, 0))
-        ds1 = ds_smem.index(e * 2 + 1 + zero_index).permute((1, 0))
-        k0 = k_smem.index(zero_index).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
-        k1 = k_smem.index(1 + zero_index).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
-        dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
-        dq = warpgroup_mma(ds1, k1, dq, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=[dq])
-    else:
-        zero_index = hidden_zero()
-        ds0 = ds_smem.index(e * 2 + zero_index).permute((1, 0))
-        k0 = k_smem.index(zero_index).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
-        dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
-        dq = warpgroup_mma_wait(0, deps=[dq])
+    """64 columns of a dq tile: dS of both consumers times K, added to the buffer."""
+    ds0 = ds_smem.index(e * 2).permute((1, 0))
+    ds1 = ds_smem.index(e * 2 + 1).permute((1, 0))
+    k0 = k_smem.index(0).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
+    k1 = k_smem.index(1).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
+    dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
+    dq = warpgroup_mma(ds1, k1, dq, is_async=True)
+    dq = warpgroup_mma_wait(0, deps=[dq])
     if last:
         mbarrier.arrive(ds_empty.index(e), count=1)
     tma.store_wait(1)
@@ -134,10 +126,6 @@ def _loader_and_dq(
     start, blocks = block_range(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
-    begin, _stop, _edge, _unmasked = own_blocks(
-        key + 64, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, 64, BLOCK_M,
-        HAS_RIGHT, HAS_LEFT, PACKED,
-    )  # fmt: skip
     mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for w in gl.static_range(2):
         async_load(k_desc, [b, head_k, key + w * 64, 0], kv_full, k_smem.index(w))
@@ -174,7 +162,7 @@ def _loader_and_dq(
                 ahead_head += 1
         for part in gl.static_range(PARTS):
             _dq_part(
-                part, part == PARTS - 1, i >= begin, (c * PARTS + part) & 1, e, b, head, start + i * BLOCK_M, zero,
+                part, part == PARTS - 1, (c * PARTS + part) & 1, e, b, head, start + i * BLOCK_M, zero,
                 k_smem, ds_smem, dq_smem, dq_desc, ds_empty, BLOCK_D,
             )  # fmt: skip
         i += 1
@@ -216,7 +204,7 @@ def _consumer(
     start, blocks = block_range(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
-    begin, _stop, edge, unmasked = own_blocks(
+    _begin, _stop, edge, unmasked = own_blocks(
         key + w * 64, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, 64, BLOCK_M,
         HAS_RIGHT, HAS_LEFT, PACKED,
     )  # fmt: skip
@@ -256,58 +244,50 @@ def _consumer(
     for c in range(0, n):
         slot, phase = _slot(c, STAGES)
         e = c & 1
-        next_slot, next_phase = _slot(gl.minimum(c + 1, n - 1), STAGES)  # at the very end this block again
-        if (w == 1) & (i < begin):  # these keys are seen by no query of the block
-            if SMALL:
-                mbarrier.wait(full.index(next_slot), next_phase)
-                q_next = q_smem.index(next_slot + hidden_zero()).reshape([BLOCK_M, BLOCK_D])
-                s = warpgroup_mma(k, q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=[s])
-            mbarrier.wait(ds_empty.index(e), ((c >> 1) & 1) ^ 1)
+        q = q_smem.index(slot).reshape([BLOCK_M, BLOCK_D])
+        dout = dout_smem.index(slot).reshape([BLOCK_M, BLOCK_DV])
+        if not SMALL:
+            mbarrier.wait(full.index(slot), phase)
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            s = warpgroup_mma_wait(0, deps=[s])
+        lse = lse_smem.index(slot).load(s_layout)
+        if (i < edge) | (i >= edge + unmasked):
+            m = start + i * BLOCK_M + gl.arange(0, BLOCK_M, layout=col_layout)
+            if HAS_LO:
+                s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
+            if HAS_HI:
+                s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+        p = gl.exp2(s * scale - lse)
+        if SMALL:
+            p_half = p.to(dtype)
+        elif dtype == gl.bfloat16:
+            p_half = gl.inline_asm_elementwise(_PIN_BF16, _PIN_OPERANDS, [p], gl.bfloat16, False, 8)
         else:
-            q = q_smem.index(slot).reshape([BLOCK_M, BLOCK_D])
-            dout = dout_smem.index(slot).reshape([BLOCK_M, BLOCK_DV])
-            if not SMALL:
-                mbarrier.wait(full.index(slot), phase)
-                s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-                s = warpgroup_mma_wait(0, deps=[s])
-            lse = lse_smem.index(slot).load(s_layout)
-            if (i < edge) | (i >= edge + unmasked):
-                m = start + i * BLOCK_M + gl.arange(0, BLOCK_M, layout=col_layout)
-                if HAS_LO:
-                    s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
-                if HAS_HI:
-                    s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
-            p = gl.exp2(s * scale - lse)
-            if SMALL:
-                p_half = p.to(dtype)
-            elif dtype == gl.bfloat16:
-                p_half = gl.inline_asm_elementwise(_PIN_BF16, _PIN_OPERANDS, [p], gl.bfloat16, False, 8)
+            p_half = gl.inline_asm_elementwise(_PIN_FP16, _PIN_OPERANDS, [p], gl.float16, False, 8)
+        dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+        dv = warpgroup_mma(gl.convert_layout(p_half, dv_operand), dout, dv, is_async=True)
+        delta = delta_smem.index(slot).load(s_layout)
+        if not SMALL:
+            if dtype == gl.bfloat16:
+                p = gl.inline_asm_elementwise(_UNPACK_BF16, "=f,=f,r", [p_half], gl.float32, True, 2)
             else:
-                p_half = gl.inline_asm_elementwise(_PIN_FP16, _PIN_OPERANDS, [p], gl.float16, False, 8)
-            dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-            dv = warpgroup_mma(gl.convert_layout(p_half, dv_operand), dout, dv, is_async=True)
-            delta = delta_smem.index(slot).load(s_layout)
-            if not SMALL:
-                if dtype == gl.bfloat16:
-                    p = gl.inline_asm_elementwise(_UNPACK_BF16, "=f,=f,r", [p_half], gl.float32, True, 2)
-                else:
-                    p = p_half.to(gl.float32)
-            dp = warpgroup_mma_wait(1, deps=[dp])
-            ds = (p * (dp - delta)).to(dtype)
-            if SMALL:  # scores of the next block
-                mbarrier.wait(full.index(next_slot), next_phase)
-            dk = warpgroup_mma(gl.convert_layout(ds, dk_operand), q, dk, is_async=True)
-            if SMALL:
-                q_next = q_smem.index(next_slot).reshape([BLOCK_M, BLOCK_D])
-                s = warpgroup_mma(k, q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
-            mbarrier.wait(ds_empty.index(e), ((c >> 1) & 1) ^ 1)
-            ds_smem.index(e * 2 + w).store(ds)
-            if SMALL:
-                s, dv, dk = warpgroup_mma_wait(0, deps=[s, dv, dk])
-            else:
-                dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
-            fence_async_shared()
+                p = p_half.to(gl.float32)
+        dp = warpgroup_mma_wait(1, deps=[dp])
+        ds = (p * (dp - delta)).to(dtype)
+        if SMALL:  # scores of the next block (of this one again at the very end)
+            next_slot, next_phase = _slot(gl.minimum(c + 1, n - 1), STAGES)
+            mbarrier.wait(full.index(next_slot), next_phase)
+        dk = warpgroup_mma(gl.convert_layout(ds, dk_operand), q, dk, is_async=True)
+        if SMALL:
+            q_next = q_smem.index(next_slot).reshape([BLOCK_M, BLOCK_D])
+            s = warpgroup_mma(k, q_next.permute((1, 0)), zero, use_acc=False, is_async=True)
+        mbarrier.wait(ds_empty.index(e), ((c >> 1) & 1) ^ 1)
+        ds_smem.index(e * 2 + w).store(ds)
+        if SMALL:
+            s, dv, dk = warpgroup_mma_wait(0, deps=[s, dv, dk])
+        else:
+            dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+        fence_async_shared()
         mbarrier.arrive(ds_full.index(e), count=1)
         i += 1
         if i == blocks:
