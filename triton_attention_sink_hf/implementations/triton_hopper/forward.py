@@ -226,7 +226,7 @@ def _consumer(
     if TURNS and w == CONSUMERS - 1:  # the turn starts with warpgroup 0 and goes round once a block
         _pass_turn_to(0)
     some = gl.program_id(0) < items
-    token, end, bh, start, n, ahead, later, edge, unmasked = _work(
+    _t, _e, _bh, _s, _n, ahead, _l, _edge, _u = _work(
         0, some, w, sizes, tiles, BLOCK_N, CONSUMERS, STAGES, SKIPS, HAS_LEFT, HAS_RIGHT, PACKED
     )
     mbarrier.wait(q_full.index(w), 0, pred=some)
@@ -242,7 +242,11 @@ def _consumer(
     i = 0  # tiles done
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         more = t + gl.num_programs(0) < items
-        next_token, next_end, next_bh, next_start, next_n, next_ahead, next_later, next_edge, next_unmasked = _work(
+        token, end, bh, start, n, ahead, later, edge, unmasked = _work(
+            i, True, w, sizes, tiles, BLOCK_N, CONSUMERS, STAGES, SKIPS, HAS_LEFT, HAS_RIGHT, PACKED
+        )
+        # not carried over to the next round: triton 3.6 takes some of nine such values for constant
+        _t, _e, _bh, _s, _n, next_ahead, _l, _edge, _u = _work(
             gl.where(more, i + 1, i), more, w, sizes, tiles, BLOCK_N, CONSUMERS, STAGES, SKIPS,
             HAS_LEFT, HAS_RIGHT, PACKED,
         )  # fmt: skip
@@ -333,8 +337,6 @@ def _consumer(
         if DV < BLOCK_DV:
             mask = mask & (columns < DV)[None, :]
         gl.store(out_base + out_rows.to(gl.int64)[:, None] * stride_ot + columns[None, :], out, mask=mask)
-        token, end, bh, start, n, ahead = next_token, next_end, next_bh, next_start, next_n, next_ahead
-        later, edge, unmasked = next_later, next_edge, next_unmasked
     if TURNS and w == 0:
         _wait_for_turn(0)
 
