@@ -130,25 +130,20 @@ def _softmax(
 
 @gluon.jit
 def _step(
-    s, acc, m, l, c, ahead, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w: gl.constexpr,
+    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w: gl.constexpr,
     MASKED: gl.constexpr, HAS_LO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
     col_layout: gl.constexpr, acc_row_layout: gl.constexpr, p_layout: gl.constexpr,
 ):  # fmt: skip
-    """Softmax of the scores s, then this block's P V and the next block's scores.
-
-    Slot c holds V of this block and K of the next one; of the next that these rows see, slot c + ahead.
-    """
+    """Softmax of the scores s, then this block's P V and the next block's scores: slot c holds both operands."""
     slot = c % STAGES
     p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, MASKED, HAS_LO, BLOCK_N, col_layout)
     acc = acc * gl.convert_layout(alpha, acc_row_layout)[:, None]
     p = gl.convert_layout(p.to(q.dtype), p_layout)
     mbarrier.wait(full.index(slot), (c // STAGES) & 1)
-    for j in range(c + 1, c + 1 + ahead):
-        mbarrier.wait(full.index(j % STAGES), (j // STAGES) & 1)
     if TURNS:
         _wait_for_turn(w)
-    k = k_smem.index((c + ahead) % STAGES).reshape([BLOCK_N, BLOCK_D])
+    k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
     # P V first: then the rescaling and rounding that it needs cannot end up between the instructions of Q K
     acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, BLOCK_DV]), acc, use_acc=True, is_async=True)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -157,8 +152,6 @@ def _step(
         _pass_turn_to((w + 1) % CONSUMERS)
     s, acc = warpgroup_mma_wait(0, deps=[s, acc])
     mbarrier.arrive(empty.index(slot), count=1)
-    for j in range(c + 1, c + 1 + ahead):
-        mbarrier.arrive(empty.index(j % STAGES), count=1)
     return s, acc, m, l
 
 
@@ -169,35 +162,34 @@ def _queries(buffer, q_smem, BLOCK_D: gl.constexpr):
 
 
 @gluon.jit
-def _work(
-    i, exists, w: gl.constexpr, sizes, tiles, BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr,
-    SKIPS: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """This warpgroup's share of the program's tile i: (first row, end of rows, head of the batch, first key, blocks,
-    skipped ahead, skipped later, edge, unmasked).
+def _skip(c, full, empty, w: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+    """Give slot c back unused, but not before it is filled: until then the others may still hold what was in it."""
+    slot = c % STAGES
+    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
+    if TURNS:
+        _wait_for_turn(w)
+        _pass_turn_to((w + 1) % CONSUMERS)
+    mbarrier.arrive(empty.index(slot), count=1)
 
-    Rows see nothing of the tile's last blocks: their slots are skipped ahead, with the last P V of the tile before, as
-    far as the ring reaches. A share without rows skips the rest later, but for one block.
-    """
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, _heads_q, _group, left, right, slots, _tiles, heads, section = sizes
-    TILE: gl.constexpr = 64 * CONSUMERS
-    item = persistent_item(i, tiles * heads)
-    first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
-    start, n = block_range(
-        first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
-    )
-    token = first + w * 64
-    _begin, own, edge, unmasked = own_blocks(
-        token, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT, PACKED
-    )
-    ahead = 0
-    later = 0
-    if SKIPS:
-        ahead = gl.where(exists, gl.minimum(n - gl.maximum(own, 1), STAGES - 1), 0)
-        n -= ahead
-        later = gl.where(token < end, 0, n - 1)
-        n -= later
-    return token, end, bh, start, n, ahead, later, edge, unmasked
+
+@gluon.jit
+def _scores(
+    c, buffer, q_smem, k_smem, full, empty, zero, w: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
+    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
+):  # fmt: skip
+    """Scores of the block whose K slot c holds; its V is of a block that these rows do not see."""
+    slot = c % STAGES
+    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
+    if TURNS:
+        _wait_for_turn(w)
+    q = _queries(buffer, q_smem, BLOCK_D)
+    k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    if TURNS:
+        _pass_turn_to((w + 1) % CONSUMERS)
+    s = warpgroup_mma_wait(0, deps=[s])
+    mbarrier.arrive(empty.index(slot), count=1)
+    return s
 
 
 @gluon.jit
@@ -209,7 +201,8 @@ def _consumer(
     HAS_SINK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     q_smem, k_smem, v_smem, q_full, q_empty, full, empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, _slots, tiles, heads, _section = sizes
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, slots, tiles, heads, section = sizes
+    TILE: gl.constexpr = 64 * CONSUMERS
     SKIPS: gl.constexpr = BLOCK_DV <= 128  # beyond, it takes registers that are not there
     HAS_LO: gl.constexpr = HAS_LEFT  # all rows of a tile are of one segment
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
@@ -226,57 +219,48 @@ def _consumer(
     if TURNS and w == CONSUMERS - 1:  # the turn starts with warpgroup 0 and goes round once a block
         _pass_turn_to(0)
     some = gl.program_id(0) < items
-    _t, _e, _bh, _s, _n, ahead, _l, _edge, _u = _work(
-        0, some, w, sizes, tiles, BLOCK_N, CONSUMERS, STAGES, SKIPS, HAS_LEFT, HAS_RIGHT, PACKED
-    )
     mbarrier.wait(q_full.index(w), 0, pred=some)
-    for j in range(0, ahead):
-        mbarrier.wait(full.index(j), 0)
-        mbarrier.arrive(empty.index(j), count=1)
-    mbarrier.wait(full.index(ahead), 0, pred=some)
-    k = k_smem.index(ahead).reshape([BLOCK_N, BLOCK_D])
+    mbarrier.wait(full.index(0), 0, pred=some)
+    k = k_smem.index(0).reshape([BLOCK_N, BLOCK_D])
     s = warpgroup_mma(q_smem.index(w).reshape([64, BLOCK_D]), k.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(empty.index(ahead), count=1)
-    c = 1 + ahead  # slots of the ring that were used
+    mbarrier.arrive(empty.index(0), count=1)
+    c = 1  # slots of the ring that were used
     i = 0  # tiles done
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        more = t + gl.num_programs(0) < items
-        token, end, bh, start, n, ahead, later, edge, unmasked = _work(
-            i, True, w, sizes, tiles, BLOCK_N, CONSUMERS, STAGES, SKIPS, HAS_LEFT, HAS_RIGHT, PACKED
-        )
-        # not carried over to the next round: triton 3.6 takes some of nine such values for constant
-        _t, _e, _bh, _s, _n, next_ahead, _l, _edge, _u = _work(
-            gl.where(more, i + 1, i), more, w, sizes, tiles, BLOCK_N, CONSUMERS, STAGES, SKIPS,
-            HAS_LEFT, HAS_RIGHT, PACKED,
-        )  # fmt: skip
+        item = persistent_item(i, items)
+        first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
+        start, n = block_range(
+            first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
+        )
+        token = first + w * 64
+        _begin, own, edge, unmasked = own_blocks(
+            token, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT, PACKED
+        )
+        own = gl.maximum(own, 1) if SKIPS else n
         rows = token + gl.arange(0, 64, layout=row_layout)
         lo, hi = interval(rows, end, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
-        n0 = start + (n - 1) * BLOCK_N
+        n0 = start + (own - 1) * BLOCK_N
         buffer = i % Q_BUFFERS * CONSUMERS + w
-        if TURNS:  # each slot has its turn, those that were skipped ahead, too
-            for _ in range(0, ahead):
-                _wait_for_turn(w)
-                _pass_turn_to((w + 1) % CONSUMERS)
-        for _ in range(0, later):
-            mbarrier.wait(full.index(c % STAGES), (c // STAGES) & 1)
-            if TURNS:
-                _wait_for_turn(w)
-                _pass_turn_to((w + 1) % CONSUMERS)
-            mbarrier.arrive(empty.index(c % STAGES), count=1)
+        # s holds the scores of block n - 1. Where these rows see nothing of it, nor of those below it, until block own
+        if SKIPS and own < n:
+            for _ in range(own, n - 1):
+                _skip(c, full, empty, w, CONSUMERS, STAGES, TURNS)
+                c += 1
+            s = _scores(c, buffer, q_smem, k_smem, full, empty, zero, w, BLOCK_N, BLOCK_D, CONSUMERS, STAGES, TURNS)
             c += 1
-        # s holds the scores of block n - 1. Blocks n - 1 to 1, descending; block 0 follows below
-        right_edge = gl.maximum(gl.minimum(n - edge - unmasked, n - 1), 0)
-        middle = gl.maximum(gl.minimum(n - edge, n - 1), 0)
+        # blocks own - 1 to 1, descending; block 0 follows below
+        right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
+        middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
         q = _queries(buffer, q_smem, BLOCK_D)
         for _ in range(0, right_edge):
             s, acc, m, l = _step(
-                s, acc, m, l, c, 0, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
                 BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
             )  # fmt: skip
             c += 1
@@ -284,16 +268,16 @@ def _consumer(
         q = _queries(buffer, q_smem, BLOCK_D)
         for _ in range(right_edge, middle):
             s, acc, m, l = _step(
-                s, acc, m, l, c, 0, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, HAS_LO,
+                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, HAS_LO,
                 BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
             )  # fmt: skip
             c += 1
             n0 -= BLOCK_N
         if HAS_LO:
             q = _queries(buffer, q_smem, BLOCK_D)
-            for _ in range(middle, n - 1):
+            for _ in range(middle, own - 1):
                 s, acc, m, l = _step(
-                    s, acc, m, l, c, 0, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+                    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
                     BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
                 )  # fmt: skip
                 c += 1
@@ -302,13 +286,13 @@ def _consumer(
         # The last block's P V goes out with the first scores of the next tile; after the last tile these are waste.
         i += 1  # noqa: SIM113
         following = i % Q_BUFFERS * CONSUMERS + w
-        mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=more)
+        mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
         q = _queries(following, q_smem, BLOCK_D)
         s, acc, m, l = _step(
-            s, acc, m, l, c, next_ahead, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+            s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
             BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
         )  # fmt: skip
-        c += 1 + next_ahead
+        c += 1
 
         # the sink joins last, in natural units, so that a row that it dominates has lse = sink exactly
         top = m * LN2
