@@ -67,9 +67,11 @@ def test_implementations_are_timed_in_turns_that_run_back_and_forth(monkeypatch)
     assert (cudnn["implementation"], cudnn["direction"], cudnn["ms"]) == ("cuDNN", "forward", 3.0)
 
 
-@pytest.mark.parametrize("run", ["h100", "h100-in-turns", "h100-windows-in-turns"])
+@pytest.mark.parametrize(
+    "run", ["2026-11-24-h100", "2026-11-24-h100-in-turns", "2026-11-24-h100-windows-in-turns", "2026-11-26-h200"]
+)
 def test_results_in_the_repository_say_what_their_rows_say(run):
-    result = json.loads((RESULTS / f"2026-11-24-{run}.json").read_text())
+    result = json.loads((RESULTS / f"{run}.json").read_text())
     assert report.summarise(result["rows"], result["ceilings"]) == result["summary"]
     assert report.pair_ms(result["rows"]) == result["gpt_oss_pair_ms"]
     assert all("problem" not in row or row["implementation"] != "ours" for row in result["rows"])
