@@ -134,6 +134,7 @@ CASES = {
     "packed used": (ValueError, _packed(seqused_k=_ints(3)), "seqused_k must be None for packed rows"),
     # implementations
     "implementation": (ValueError, {"implementation": "cuda"}, "implementation must be one of .*'auto'.*got 'cuda'"),
+    "implementation of another type": (TypeError, {"implementation": ["triton"]}, "implementation must be a str, got"),
     "implementation that cannot": (
         ValueError,
         {name: _good()[name].double() for name in "qkv"} | {"implementation": "triton"},

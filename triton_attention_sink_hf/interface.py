@@ -175,6 +175,8 @@ def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _choose(call: Call, implementation: str) -> str:
+    if not isinstance(implementation, str):
+        raise TypeError(f"implementation must be a str, got {implementation!r}")
     if call.layout is None:
         return _find(call, implementation)
     name = call.layout.implementations.get(implementation)
