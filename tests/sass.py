@@ -17,7 +17,7 @@ import triton
 
 INSTRUCTION = re.compile(r"/\*([0-9a-f]{4,5})\*/\s+(.*?);")
 BRANCH = re.compile(r"BRA(?:\.\S+)?\s+(?:!?(?:U?P|UR)\w+,\s*)*`?\(?0x([0-9a-f]+)")
-PREDICATE = re.compile(r"@!?U?P\w+\s+")
+PREDICATE = re.compile(r"^@!?U?P\w+\s+")
 PRODUCT = re.compile(r"HGMMA\S* R\d+, (R\d+, )?gdesc\[UR(\d+)\]")
 NO_RESULT = ("UTMA", "USETMAXREG", "UBLK")  # these begin with U and write no uniform register
 ZERO = 63  # URZ is printed as such, but some forms name it
@@ -70,7 +70,7 @@ def unwritten(listing: str) -> list[str]:
 
 
 def _following(i: int, text: str, place: dict[int, int], n: int) -> list[int]:
-    body = PREDICATE.sub("", text, count=1) if text.startswith("@") else text
+    body = PREDICATE.sub("", text)
     falls_through = [i + 1] if i + 1 < n else []
     if found := BRANCH.search(body):
         target = place.get(int(found[1], 16))
@@ -83,7 +83,7 @@ def _following(i: int, text: str, place: dict[int, int], n: int) -> list[int]:
 
 def _effects(text: str) -> tuple[frozenset[int], frozenset[int]]:
     """Uniform registers that an instruction writes and reads. A predicated write counts as one."""
-    body = PREDICATE.sub("", text, count=1) if text.startswith("@") else text
+    body = PREDICATE.sub("", text)
     name, _, operands = body.partition(" ")
     parts = [part.strip() for part in re.split(r",(?![^\[]*\])", operands)]
     written: set[int] = set()

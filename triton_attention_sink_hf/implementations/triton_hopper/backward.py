@@ -30,12 +30,11 @@ from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import block_range, interval, own_blocks, tile_count, work_item
-from .statistics import ROWS, new_statistics, prepare_launch, statistics_blocks
+from .schedule import hide, key_tile, seeing_queries
+from .statistics import ALIGN, ROWS, new_statistics, prepare_launch, statistics_blocks
 
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
-ALIGN = 4  # the copy engine takes fp32 rows from multiples of 16 bytes only
 
 # Eight fp32 to packed halves, in a way that ptxas cannot sink below the next product: a warp barrier whose mask depends
 # on them. Without it ptxas delays the exponentials, runs out of registers and serialises every product (C7512).
@@ -116,15 +115,10 @@ def _loader_and_dq(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, kv_full, full, ds_full, ds_empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
     PARTS: gl.constexpr = BLOCK_D // 64
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, KEYS, False, PACKED)
-    b = bh // heads_k
-    head_k = bh - b * heads_k
-    start, blocks = block_range(
-        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    key, _end, b, head_k, start, blocks, heads_k, group = key_tile(
+        sizes, KEYS, BLOCK_M, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED
     )
     mbarrier.expect(kv_full, 2 * k_desc.block_type.nbytes + 2 * v_desc.block_type.nbytes)
     for w in gl.static_range(2):
@@ -173,6 +167,19 @@ def _loader_and_dq(
 
 
 @gluon.jit
+def store_rows(
+    ptr, x, first, end, b, head, stride_b, stride_t: gl.constexpr, stride_h, D: gl.constexpr, BLOCK_D: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """64 rows from ``first`` on of one head; those from ``end`` on and columns past D are not written."""
+    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
+    base = ptr + b.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
+    inside = (rows < end)[:, None] & (d < D)[None, :]
+    gl.store(base + rows.to(gl.int64)[:, None] * stride_t + d[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
 def _consumer(
     w: gl.constexpr, k_ptr, v_ptr, dk_ptr, dv_ptr, memory, sizes, softmax_scale,
     stride_kb, stride_kt: gl.constexpr, stride_kh, stride_vb, stride_vt: gl.constexpr, stride_vh,
@@ -182,7 +189,6 @@ def _consumer(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, kv_full, full, ds_full, ds_empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
     # registers to spare: K and V there, scores one block ahead, P kept in fp32
     SMALL: gl.constexpr = BLOCK_D <= 64 and BLOCK_DV <= 64
     HAS_LO: gl.constexpr = HAS_RIGHT or PACKED
@@ -193,27 +199,14 @@ def _consumer(
     operand: gl.constexpr = gl.DotOperandLayout(0, s_layout, 2)
     dk_operand: gl.constexpr = gl.DotOperandLayout(0, dk_layout, 2)
     dv_operand: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
-    row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
-    col_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
     dtype: gl.constexpr = q_smem.dtype
     scale = softmax_scale * LOG2E
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, KEYS, False, PACKED)
-    b = bh // heads_k
-    head_k = bh - b * heads_k
-    start, blocks = block_range(
-        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, BLOCK_M, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    key, end, b, head_k, start, blocks, _heads_k, group = key_tile(
+        sizes, KEYS, BLOCK_M, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED
     )
-    _begin, _stop, edge, unmasked = own_blocks(
-        key + w * 64, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, 64, BLOCK_M,
-        HAS_RIGHT, HAS_LEFT, PACKED,
-    )  # fmt: skip
-    keys = key + w * 64 + gl.arange(0, 64, layout=row_layout)
-    lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
-    if PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
-        hi = gl.where(keys < end, hi, 0)
-        if key + w * 64 + 64 > end:
-            unmasked = 0
+    lo, hi, edge, unmasked = seeing_queries(
+        key + w * 64, end, start, blocks, sizes, 64, BLOCK_M, HAS_LEFT, HAS_RIGHT, PACKED, gl.SliceLayout(1, s_layout)
+    )
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=s_layout)
     dk = gl.zeros([64, BLOCK_D], gl.float32, layout=dk_layout)
     dv = gl.zeros([64, BLOCK_DV], gl.float32, layout=dv_layout)
@@ -251,12 +244,7 @@ def _consumer(
             s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
             s = warpgroup_mma_wait(0, deps=[s])
         lse = lse_smem.index(slot).load(s_layout)
-        if (i < edge) | (i >= edge + unmasked):
-            m = start + i * BLOCK_M + gl.arange(0, BLOCK_M, layout=col_layout)
-            if HAS_LO:
-                s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
-            if HAS_HI:
-                s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+        s = hide(s, i, start, lo, hi, edge, unmasked, BLOCK_M, HAS_LO, HAS_HI, gl.SliceLayout(0, s_layout))
         p = gl.exp2(s * scale - lse)
         if SMALL:
             p_half = p.to(dtype)
@@ -292,16 +280,11 @@ def _consumer(
         i += 1
         if i == blocks:
             i = 0
-    own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, dk_layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, dk_layout))
-    inside = (own < end)[:, None] & (d < D)[None, :]
-    dk_base = dk_ptr + b.to(gl.int64) * stride_dkb + head_k.to(gl.int64) * stride_dkh
-    gl.store(dk_base + own.to(gl.int64)[:, None] * stride_dkt + d[None, :], (dk * softmax_scale).to(dtype), mask=inside)
-    own = key + w * 64 + gl.arange(0, 64, layout=gl.SliceLayout(1, dv_layout))
-    d = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, dv_layout))
-    inside = (own < end)[:, None] & (d < DV)[None, :]
-    dv_base = dv_ptr + b.to(gl.int64) * stride_dvb + head_k.to(gl.int64) * stride_dvh
-    gl.store(dv_base + own.to(gl.int64)[:, None] * stride_dvt + d[None, :], dv.to(dtype), mask=inside)
+    first = key + w * 64
+    store_rows(
+        dk_ptr, dk * softmax_scale, first, end, b, head_k, stride_dkb, stride_dkt, stride_dkh, D, BLOCK_D, dk_layout
+    )
+    store_rows(dv_ptr, dv, first, end, b, head_k, stride_dvb, stride_dvt, stride_dvh, DV, BLOCK_DV, dv_layout)
 
 
 _VARYING = ["seqlen_q", "seqlen_k", "heads_k", "group", "left", "right", "slots", "tiles", "heads", "section"]

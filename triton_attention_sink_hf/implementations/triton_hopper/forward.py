@@ -236,7 +236,7 @@ def _consumer(
             first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
         )
         token = first + w * 64
-        _begin, own, edge, unmasked = own_blocks(
+        own, edge, unmasked = own_blocks(
             token, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT, PACKED
         )
         own = gl.maximum(own, 1) if SKIPS else n

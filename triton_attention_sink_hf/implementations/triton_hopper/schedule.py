@@ -91,22 +91,70 @@ def own_blocks(
     first, end, start, n, ranges_ptr, n_own, n_other, before, after, ROWS: gl.constexpr, STEP: gl.constexpr,
     HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
-    """What ROWS of a tile's rows need of its n blocks: (begin, stop, edge, full).
+    """What ROWS of a tile's rows need of its n blocks: (stop, edge, full).
 
-    Blocks outside [begin, stop) lie outside the intervals of all these rows; blocks edge to edge + full lie in the
-    intervals of all of them and need no mask. Without rows before ``end``, begin = n and stop = 0.
+    Blocks from ``stop`` on lie outside the intervals of all these rows; blocks edge to edge + full lie in the intervals
+    of all of them and need no mask. Without rows before ``end``, stop = 0.
     """
-    lo_first, hi_first = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
+    _, hi_first = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
     lo_last, hi_last = interval(
         first + ROWS - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
     )
-    begin = gl.minimum((lo_first - start) // STEP, n)
     stop = gl.minimum((hi_last - start + STEP - 1) // STEP, n)
     edge = gl.minimum((lo_last - start + STEP - 1) // STEP, n)
     full = gl.maximum(gl.minimum((hi_first - start) // STEP, n) - edge, 0)
-    begin = gl.where(first < end, begin, n)
-    stop = gl.where(first < end, stop, 0)
-    return begin, stop, edge, full
+    return gl.where(first < end, stop, 0), edge, full
+
+
+@gluon.jit
+def key_tile(
+    sizes, TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    """The tile of keys of this program: (first key, end of keys, batch row, head, first query, blocks of STEP queries,
+    Hkv, heads of its group)."""
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
+    tiles = tile_count(table_ptr, tiles, PACKED)
+    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, TILE, False, PACKED)
+    b = bh // heads_k
+    start, blocks = block_range(
+        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, TILE, STEP, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    )
+    return key, end, b, bh - b * heads_k, start, blocks, heads_k, group
+
+
+@gluon.jit
+def seeing_queries(
+    key, end, start, blocks, sizes, KEYS: gl.constexpr, STEP: gl.constexpr,
+    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """Of KEYS keys from ``key`` on: the interval of queries that see each, and ``own_blocks``' edge and full."""
+    ranges_ptr, _table_ptr, seqlen_q, seqlen_k, _heads_k, _group, left, right, _slots, _tiles, _heads, _section = sizes
+    _stop, edge, full = own_blocks(
+        key, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, STEP, HAS_RIGHT, HAS_LEFT, PACKED
+    )
+    keys = key + gl.arange(0, KEYS, layout=layout)
+    lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
+    if PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
+        hi = gl.where(keys < end, hi, 0)
+        if key + KEYS > end:
+            full = 0
+    return lo, hi, edge, full
+
+
+@gluon.jit
+def hide(
+    s, i, start, lo, hi, edge, full, STEP: gl.constexpr, HAS_LO: gl.constexpr, HAS_HI: gl.constexpr,
+    layout: gl.constexpr,
+):  # fmt: skip
+    """Transposed scores (keys, STEP) of block i of queries, -inf where the key is not seen."""
+    if (i < edge) | (i >= edge + full):
+        m = start + i * STEP + gl.arange(0, STEP, layout=layout)
+        if HAS_LO:
+            s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
+        if HAS_HI:
+            s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+    return s
 
 
 @triton.jit

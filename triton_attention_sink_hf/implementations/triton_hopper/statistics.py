@@ -11,6 +11,7 @@ from ..triton.primitives import LOG2E, exp
 from ..triton.relaunch import Blocks, Launch
 
 ROWS = 128  # rows of a program
+ALIGN = 4  # the copy engine takes rows of fp32 statistics from multiples of 16 bytes only
 
 
 @triton.jit

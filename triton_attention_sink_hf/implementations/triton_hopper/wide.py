@@ -20,15 +20,15 @@ from ..triton.launch import Problem, ceil_div, planned, strides
 from ..triton.primitives import LOG2E
 from ..triton.reduce import sum_rows
 from ..triton.relaunch import Launch
+from .backward import store_rows
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import block_range, interval, own_blocks, tile_count, work_item
-from .statistics import new_statistics, prepare_launch, statistics_blocks
+from .schedule import block_range, hide, interval, key_tile, own_blocks, seeing_queries, tile_count, work_item
+from .statistics import ALIGN, new_statistics, prepare_launch, statistics_blocks
 
 BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
 QUERIES = 128  # of a program of the dq kernel
-ALIGN = 4  # the copy engine takes fp32 rows from multiples of 16 bytes only
 REGISTERS = 240  # of a lane of a consumer
 
 
@@ -39,13 +39,8 @@ def _dkv_loader(
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, _p_smem, barriers = memory
     kv_full, q_full, q_empty, dout_full, dout_empty, _p_full, _p_empty = barriers
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, BLOCK, False, PACKED)
-    b = bh // heads_k
-    head_k = bh - b * heads_k
-    start, blocks = block_range(
-        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    key, _end, b, head_k, start, blocks, heads_k, group = key_tile(
+        sizes, BLOCK, BLOCK, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED
     )
     mbarrier.expect(kv_full, k_desc.block_type.nbytes + v_desc.block_type.nbytes)
     async_load(k_desc, [b, head_k, key, 0], kv_full, k_smem)
@@ -71,19 +66,6 @@ def _dkv_loader(
 
 
 @gluon.jit
-def _store_rows(
-    ptr, x, first, end, b, head, stride_b, stride_t: gl.constexpr, stride_h, D: gl.constexpr, BLOCK_D: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """64 rows from ``first`` on of one head; those from ``end`` on and columns past D are not written."""
-    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    base = ptr + b.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
-    inside = (rows < end)[:, None] & (d < D)[None, :]
-    gl.store(base + rows.to(gl.int64)[:, None] * stride_t + d[None, :], x.to(ptr.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
 def _dv_consumer(
     dv_ptr, memory, sizes, softmax_scale, stride_b, stride_t: gl.constexpr, stride_h,
     DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK: gl.constexpr, ALIGN: gl.constexpr,
@@ -91,7 +73,6 @@ def _dv_consumer(
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, _v_smem, lse_smem, _delta_smem, p_smem, barriers = memory
     kv_full, q_full, q_empty, dout_full, dout_empty, p_full, p_empty = barriers
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
     HAS_LO: gl.constexpr = HAS_RIGHT or PACKED
     HAS_HI: gl.constexpr = HAS_LEFT or PACKED
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
@@ -99,22 +80,12 @@ def _dv_consumer(
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     dtype: gl.constexpr = q_smem.dtype
     scale = softmax_scale * LOG2E
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, BLOCK, False, PACKED)
-    b = bh // heads_k
-    head_k = bh - b * heads_k
-    start, blocks = block_range(
-        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    key, end, b, head_k, start, blocks, _heads_k, group = key_tile(
+        sizes, BLOCK, BLOCK, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED
     )
-    _begin, _stop, edge, unmasked = own_blocks(
-        key, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, HAS_RIGHT, HAS_LEFT, PACKED
+    lo, hi, edge, unmasked = seeing_queries(
+        key, end, start, blocks, sizes, BLOCK, BLOCK, HAS_LEFT, HAS_RIGHT, PACKED, gl.SliceLayout(1, s_layout)
     )
-    keys = key + gl.arange(0, BLOCK, layout=gl.SliceLayout(1, s_layout))
-    lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
-    if PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
-        hi = gl.where(keys < end, hi, 0)
-        if key + BLOCK > end:
-            unmasked = 0
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
     dv = gl.zeros([BLOCK, BLOCK_DV], gl.float32, layout=layout)
     k = k_smem.reshape([BLOCK, BLOCK_D])
@@ -129,12 +100,7 @@ def _dv_consumer(
         phase = (c >> 1) & 1
         lse = lse_smem.index(slot).load(s_layout)
         mbarrier.arrive(q_empty.index(slot), count=1)
-        if (i < edge) | (i >= edge + unmasked):
-            m = start + i * BLOCK + gl.arange(0, BLOCK, layout=gl.SliceLayout(0, s_layout))
-            if HAS_LO:
-                s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
-            if HAS_HI:
-                s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+        s = hide(s, i, start, lo, hi, edge, unmasked, BLOCK, HAS_LO, HAS_HI, gl.SliceLayout(0, s_layout))
         i += 1
         if i == blocks:
             i = 0
@@ -151,7 +117,7 @@ def _dv_consumer(
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
         s, dv = warpgroup_mma_wait(0, deps=[s, dv])
         mbarrier.arrive(dout_empty.index(slot), count=1)
-    _store_rows(dv_ptr, dv, key, end, b, head_k, stride_b, stride_t, stride_h, DV, BLOCK_DV, layout)
+    store_rows(dv_ptr, dv, key, end, b, head_k, stride_b, stride_t, stride_h, DV, BLOCK_DV, layout)
 
 
 @gluon.jit
@@ -162,17 +128,12 @@ def _dk_consumer(
 ):  # fmt: skip
     q_smem, dout_smem, _k_smem, v_smem, _lse_smem, delta_smem, p_smem, barriers = memory
     kv_full, q_full, q_empty, dout_full, dout_empty, p_full, p_empty = barriers
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     dtype: gl.constexpr = q_smem.dtype
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, BLOCK, False, PACKED)
-    b = bh // heads_k
-    head_k = bh - b * heads_k
-    _start, blocks = block_range(
-        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, BLOCK, BLOCK, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
+    key, end, b, head_k, _start, blocks, _heads_k, group = key_tile(
+        sizes, BLOCK, BLOCK, ALIGN, HAS_LEFT, HAS_RIGHT, PACKED
     )
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
     dk = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
@@ -201,7 +162,7 @@ def _dk_consumer(
         dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
         dp, dk = warpgroup_mma_wait(0, deps=[dp, dk])
         mbarrier.arrive(q_empty.index(slot), count=1)
-    _store_rows(dk_ptr, dk * softmax_scale, key, end, b, head_k, stride_b, stride_t, stride_h, D, BLOCK_D, layout)
+    store_rows(dk_ptr, dk * softmax_scale, key, end, b, head_k, stride_b, stride_t, stride_h, D, BLOCK_D, layout)
 
 
 _VARYING = [
@@ -322,7 +283,7 @@ def _dq_consumer(
     start, n = block_range(
         first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, QUERIES, BLOCK, 1, HAS_LEFT, HAS_RIGHT, PACKED
     )
-    _begin, own, edge, unmasked = own_blocks(
+    own, edge, unmasked = own_blocks(
         first + w * BLOCK, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, BLOCK, BLOCK,
         HAS_LEFT, HAS_RIGHT, PACKED,
     )  # fmt: skip
@@ -370,7 +331,7 @@ def _dq_consumer(
         mbarrier.arrive(k_empty.index(slot), count=1)
     head = bh - b * heads_q
     token = first + w * BLOCK
-    _store_rows(dq_ptr, dq * softmax_scale, token, end, b, head, stride_b, stride_t, stride_h, D, BLOCK_D, layout)
+    store_rows(dq_ptr, dq * softmax_scale, token, end, b, head, stride_b, stride_t, stride_h, D, BLOCK_D, layout)
 
 
 @gluon.jit(do_not_specialize=[*_VARYING, "padded_q"])

@@ -16,7 +16,7 @@ class WindowConfig:
     """Tokens of a query tile and, for dk and dv, keys of a tile; ``parts``: a tile's rows in so many turns.
 
     ``per_sm``: resident programs per multiprocessor of a persistent kernel. ``late``: a tile's last part is multiplied
-    with V and stored behind the loads of the next tile. ``fast_log``: lse by the approximate logarithm.
+    with V and stored behind the loads of the next tile.
     """
 
     tokens: int
@@ -26,7 +26,6 @@ class WindowConfig:
     keys: int = 0
     per_sm: int = 1
     late: bool = False
-    fast_log: bool = False
 
 
 def band_size(problem) -> int:
@@ -38,7 +37,7 @@ def forward_config(problem) -> WindowConfig:
     """Two turns of 64 rows share one load of the keys; two programs of 4 warps hide each other's latency (H100)."""
     tokens = max(16, ROWS // problem.pack)
     parts = tokens * problem.pack // ROWS
-    return WindowConfig(tokens, num_warps=4, num_stages=2, parts=parts, per_sm=2, late=parts > 1, fast_log=True)
+    return WindowConfig(tokens, num_warps=4, num_stages=2, parts=parts, per_sm=2, late=parts > 1)
 
 
 def dq_config(problem) -> WindowConfig:

@@ -86,9 +86,9 @@ def prefetch(ptr, offsets):
 
 
 @triton.jit
-def log2(x, FAST: tl.constexpr):
-    """FAST, on NVIDIA: one instruction, right to 2^-22 of the result (of 1 for x between 1/2 and 2)."""
-    if FAST:
+def log2(x, NVIDIA: tl.constexpr):
+    """On NVIDIA one instruction, right to 2^-22 of the result (of 1 for x between 1/2 and 2)."""
+    if NVIDIA:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
         )
@@ -101,7 +101,7 @@ def finish(
     p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
     b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
     HAS_SINK: tl.constexpr, HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PART: tl.constexpr,
-    PACK: tl.constexpr, EVEN: tl.constexpr, FAST_LOG: tl.constexpr,
+    PACK: tl.constexpr, EVEN: tl.constexpr, NVIDIA: tl.constexpr,
 ):  # fmt: skip
     """Store out and lse of PART tokens from ``first``. ``top``: the largest score of a row, ``l``: its sum of P.
 
@@ -120,7 +120,7 @@ def finish(
     else:
         keys = 1.0
     empty = l == 0.0
-    log2_l = log2(tl.where(empty, 1.0, l), FAST_LOG)
+    log2_l = log2(tl.where(empty, 1.0, l), NVIDIA)
     out = out * (keys * tl.exp2(-log2_l))[:, None]  # l is 1 to some hundreds: right to 1e-6, and less than a division
     lse = tl.where(empty, float("-inf"), top + log2_l * LN2)
     store_queries(
@@ -148,7 +148,6 @@ def _window_fwd_kernel(
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     TOKENS: tl.constexpr, PARTS: tl.constexpr, BAND: tl.constexpr, STAGES: tl.constexpr, NVIDIA: tl.constexpr,
     OWN_LO: tl.constexpr, EVEN: tl.constexpr, TMA: tl.constexpr, BEGINS: tl.constexpr, LATE: tl.constexpr,
-    FAST_LOG: tl.constexpr,
 ):  # fmt: skip
     """q: a descriptor of (1, TOKENS / PARTS, PACK, D) blocks with TMA, else a pointer, as prefetch_ptr always is."""
     PART: tl.constexpr = TOKENS // PARTS
@@ -237,13 +236,13 @@ def _window_fwd_kernel(
                     finish(
                         p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
                         b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                        HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, FAST_LOG,
+                        HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, NVIDIA,
                     )  # fmt: skip
             else:
                 finish(
                     p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
                     b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                    HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, FAST_LOG,
+                    HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, NVIDIA,
                 )  # fmt: skip
 
 
@@ -272,7 +271,6 @@ def _plan(problem: Problem, out_strides, tma: bool) -> Launch:
         EVEN=problem.seqlen_q % config.tokens == 0,
         TMA=tma,
         LATE=config.late,
-        FAST_LOG=config.fast_log and problem.target.startswith("sm"),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
