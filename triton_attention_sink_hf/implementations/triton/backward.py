@@ -196,14 +196,21 @@ def _dkv_step(
     if BLOCKS:
         q = load_block(q_desc, b, t0, head, BLOCK_M, BLOCK_D)
         dout = load_block(dout_desc, b, t0, head, BLOCK_M, BLOCK_DV)
-        lse = tl.reshape(statistics_desc.load([b, t0, 0, head]), [BLOCK_M])
-        delta = tl.reshape(statistics_desc.load([b, t0, 1, head]), [BLOCK_M])
     else:
         q_tile, dout_tile = q_ptr + t0.to(tl.int64) * stride_qt, dout_ptr + t0.to(tl.int64) * stride_dot
-        q_rows = rows // PACK * stride_qt + rows % PACK * stride_qh
-        q = load_tile(q_tile, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED)
-        dout_rows = rows // PACK * stride_dot + rows % PACK * stride_doh
-        dout = load_tile(dout_tile, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED)
+        tokens = rows // PACK
+        if TMA:
+            tokens = tl.minimum(tokens, end - 1 - t0)  # reads the last row again, hidden below: takes fewer registers
+        q_rows = tokens * stride_qt + rows % PACK * stride_qh
+        q = load_tile(q_tile, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED and not TMA)
+        dout_rows = tokens * stride_dot + rows % PACK * stride_doh
+        dout = load_tile(dout_tile, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED and not TMA)
+    if TMA:
+        lse = tl.reshape(statistics_desc.load([b, t0, 0, head]), [BLOCK_M])
+        delta = tl.reshape(statistics_desc.load([b, t0, 1, head]), [BLOCK_M])
+        if not BLOCKS:
+            delta = tl.where(valid, delta, 0.0)  # past ``end`` it may be anything, as lse, which is hidden with P
+    else:
         statistics = statistics_ptr + t0.to(tl.int64) * stride_st
         statistics += rows // PACK * stride_st + rows % PACK * stride_sh
         if MASKED:
@@ -241,6 +248,7 @@ def _attn_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
+    ANEW: tl.constexpr = TMA and PACKED  # no registers are left to hold what a loop could compute anew
     # the first key tiles first: under causality most queries see them
     tile = tl.program_id(0) // (heads_k * batch)
     rest = tl.program_id(0) % (heads_k * batch)
@@ -280,7 +288,7 @@ def _attn_bwd_dkv_kernel(
         q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
         statistics = statistics_ptr + (b * heads_q).to(tl.int64) * 2 * seqlen_q + head.to(tl.int64) * stride_sh
-        for e in tl.range(0, edges, num_stages=STAGES):
+        for e in tl.range(0, edges, num_stages=STAGES, disable_licm=ANEW):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
                 dk, dv, dk_rest, dv_rest, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head,
@@ -288,7 +296,7 @@ def _attn_bwd_dkv_kernel(
                 stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
                 PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
             )  # fmt: skip
-        for f in tl.range(0, full, num_stages=STAGES):
+        for f in tl.range(0, full, num_stages=STAGES, disable_licm=ANEW):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
                 dk, dv, dk_rest, dv_rest, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head,

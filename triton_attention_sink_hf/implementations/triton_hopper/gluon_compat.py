@@ -6,12 +6,14 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 
 if hasattr(tma, "async_load"):
     async_load = tma.async_load
+    async_store = tma.async_store
     async_atomic_add = tma.async_atomic_add
 else:
     from triton._C.libtriton import ir
     from triton.experimental.gluon.language._core import builtin
 
     async_load = tma.async_copy_global_to_shared
+    async_store = tma.async_copy_shared_to_global
 
     @builtin
     def async_atomic_add(tensor_desc, coord, src, _semantic=None):

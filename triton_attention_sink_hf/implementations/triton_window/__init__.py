@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from types import ModuleType
+
 import torch
 from torch import Tensor
 
@@ -9,7 +11,7 @@ from ...call import Call
 from .. import triton as portable
 from ..triton.launch import Problem, target_name
 from .backward import launch_backward
-from .config import MAX_LEFT, TARGETS
+from .config import HOPPER_TARGETS, MAX_LEFT, TARGETS
 from .forward import launch_forward
 
 
@@ -55,6 +57,21 @@ def run_backward(
 ) -> None:
     """Write dq, and dk, dv, dsinks (Hq,) where given, in their inputs' dtypes."""
     if out.numel() and call.k.numel():
-        launch_backward(Problem(call), lse, dout, dlse, dq, dk, dv, dsinks)
+        fused = None if dlse is not None or dk is None else _hopper_backward(call)
+        if fused is not None and fused.supports(call, out, dout, dq):
+            fused.launch_backward(Problem(call), out, lse, dout, dq, dk, dv, dsinks)
+        else:
+            launch_backward(Problem(call), lse, dout, dlse, dq, dk, dv, dsinks)
     else:
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)
+
+
+def _hopper_backward(call: Call) -> ModuleType | None:
+    """The backward in one kernel, where the card and the installed Triton have what it takes."""
+    if target_name(call.q.device) not in HOPPER_TARGETS:
+        return None
+    try:
+        from . import hopper_backward
+    except ImportError:  # a Triton whose Gluon is not known
+        return None
+    return hopper_backward

@@ -1,0 +1,510 @@
+"""Hopper's backward for short causal windows: one Gluon kernel, deterministic, every input read once, no workspace.
+
+A program takes a chunk of tokens of one key head and walks through them, ROWS rows (tokens times the group's heads) a
+step, then through the HALO tokens after it, which see its last keys too. A step sees three tiles of TILE keys. Three
+consumers own the tiles in turn: each makes transposed scores and dP of its tile, keeps the tile's dk and dv in
+registers for as long as it is seen, and leaves dS in shared memory. In every third step a consumer also makes dq of the
+step before, from dS of all three. The first warpgroup loads, and makes of ``out`` and lse what every row starts from.
+
+delta comes from the rounded ``out``, as in every fused backward; dsink from P dP in fp32. Registers are what there is
+least of: 64 a lane hold dk and dv, 64 scores and dP. Hence ``_opaque`` and ``_own_place``.
+"""
+
+import triton.language as tl
+from torch import Tensor
+from triton.experimental import gluon
+from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import (
+    fence_async_shared,
+    mbarrier,
+    tma,
+    warpgroup_mma,
+    warpgroup_mma_wait,
+)
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+
+from ...call import Call
+from ..triton.launch import Problem, addressable, ceil_div, multiprocessors, planned, strides
+from ..triton.primitives import LOG2E
+from ..triton.reduce import sum_rows
+from ..triton.relaunch import Blocks, Launch
+from ..triton_hopper.backward import store_rows
+from ..triton_hopper.gluon_compat import async_load, async_store, thread_barrier
+from ..triton_hopper.launch import row_blocks
+
+ROWS = 64  # of a step
+TILE = 64  # keys of a consumer
+BLOCK_D = 64  # columns of every tile
+HALO = 2 * TILE  # tokens past a chunk whose windows begin in it
+SLOTS = 4  # tiles of keys in shared memory: the three that a step sees, and the next
+STAGES = 3  # steps in shared memory
+REGISTERS = 160  # of a lane of a consumer
+GROUPS = (4, 8, 16)  # query heads of a key head: with fewer, tiles change before the next one is there
+# Where the two kernels of backward.py were faster (H200): most of three tiles is hidden, or of the card idle.
+MIN_LEFT = 65
+MIN_TOKENS = 1024  # of all rows of the batch
+MIN_SEQLEN = 64
+MAX_BATCH = 65535  # third dimension of a grid
+
+
+@gluon.jit
+def _opaque(x):
+    """x, from which the compilers compute no addresses ahead: they would keep a dozen of them in registers."""
+    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
+
+
+@gluon.jit
+def _own_place():
+    """(key head, number of the chunk, batch row) of this program, read anew rather than kept in registers."""
+    return gl.inline_asm_elementwise(
+        "mov.u32 $0, %ctaid.x; mov.u32 $1, %ctaid.y; mov.u32 $2, %ctaid.z;", "=r,=r,=r", [],
+        (gl.int32, gl.int32, gl.int32), False, 1,
+    )  # fmt: skip
+
+
+@gluon.jit
+def _chunk(sizes, ROWS: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr):
+    """(first token, end of the chunk's tokens, steps with its tokens, steps)."""
+    seqlen, length, _left = sizes
+    TOKENS: gl.constexpr = ROWS // PACK
+    _head_k, number, _b = _own_place()
+    first = number * length
+    end = gl.minimum(first + length, seqlen)
+    own = (end - first + TOKENS - 1) // TOKENS
+    steps = (gl.minimum(end + 2 * TILE, seqlen) - first + TOKENS - 1) // TOKENS
+    return first, end, own, steps
+
+
+@gluon.jit
+def _load_step(q_desc, dout_desc, out_desc, q_smem, dout_smem, out_smem, full, t, b, token, head, STAGES: gl.constexpr):
+    slot = t % STAGES
+    mbarrier.expect(full.index(slot), 3 * q_desc.block_type.nbytes)
+    async_load(q_desc, [b, token, head, 0], full.index(slot), q_smem.index(slot))
+    async_load(dout_desc, [b, token, head, 0], full.index(slot), dout_smem.index(slot))
+    async_load(out_desc, [b, token, head, 0], full.index(slot), out_smem.index(slot))
+
+
+@gluon.jit
+def _load_tile(
+    k_desc, v_desc, k_smem, v_smem, kv_full, index, b, head_k, first, TILE: gl.constexpr, SLOTS: gl.constexpr
+):
+    """Tile ``index``, of which the first two lie before the chunk. Keys before the row's first read as 0."""
+    slot = index % SLOTS
+    mbarrier.expect(kv_full.index(slot), 2 * k_desc.block_type.nbytes)
+    async_load(k_desc, [b, head_k, first + (index - 2) * TILE, 0], kv_full.index(slot), k_smem.index(slot))
+    async_load(v_desc, [b, head_k, first + (index - 2) * TILE, 0], kv_full.index(slot), v_smem.index(slot))
+
+
+@gluon.jit
+def _loader(
+    q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, ranges_ptr, memory, sizes,
+    ROWS: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr,
+    SLOTS: gl.constexpr, HAS_SINK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    q_smem, dout_smem, out_smem, k_smem, v_smem, rows_smem, _ds_smem, _dq_smem, barriers = memory
+    full, ready, empty, kv_full, _ds_full, _ds_empty = barriers
+    lse_smem, delta_smem, sink_smem, lo_smem = rows_smem
+    seqlen, _length, _left = sizes
+    TOKENS: gl.constexpr = ROWS // PACK
+    EPOCH: gl.constexpr = TILE // TOKENS  # steps between two tiles
+    first, end, _own, steps = _chunk(sizes, ROWS, TILE, PACK)
+    head_k, _number, b = _own_place()
+    head = head_k * PACK
+    for index in gl.static_range(3):
+        _load_tile(k_desc, v_desc, k_smem, v_smem, kv_full, index, b, head_k, first, TILE, SLOTS)
+    for t in range(0, gl.minimum(STAGES, steps)):
+        _load_step(
+            q_desc, dout_desc, out_desc, q_smem, dout_smem, out_smem, full, t, b, first + t * TOKENS, head, STAGES
+        )
+    layout: gl.constexpr = gl.BlockedLayout([1, 32], [16, 2], [4, 1], [1, 0])
+    rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
+    lse_base = lse_ptr + ((b * gl.num_programs(0) + head_k) * PACK + rows % PACK).to(gl.int64) * seqlen
+    if HAS_SINK:
+        sink = gl.load(sink_ptr + head + rows % PACK).to(gl.float32)
+    i = first + rows // PACK
+    lse_ahead = gl.load(lse_base + i, mask=i < seqlen, other=float("-inf"))
+    if PACKED:
+        row = gl.minimum(i, seqlen - 1)
+        lo_ahead = gl.load(ranges_ptr + row)
+        hi_ahead = gl.load(ranges_ptr + seqlen + row)
+    for t in range(0, steps):
+        slot = _opaque(t % STAGES)
+        i = first + t * TOKENS + rows // PACK
+        lse = lse_ahead
+        lse_ahead = gl.load(lse_base + i + TOKENS, mask=i + TOKENS < seqlen, other=float("-inf"))
+        unseeing = lse == float("-inf")
+        if PACKED:
+            lo = lo_ahead
+            unseeing = unseeing | (lo >= hi_ahead)
+            row = gl.minimum(i + TOKENS, seqlen - 1)
+            lo_ahead = gl.load(ranges_ptr + row)
+            hi_ahead = gl.load(ranges_ptr + seqlen + row)
+        mbarrier.wait(full.index(slot), (t // STAGES) & 1)
+        out = out_smem.index(slot).reshape([ROWS, BLOCK_D]).load(layout).to(gl.float32)
+        dout = dout_smem.index(slot).reshape([ROWS, BLOCK_D]).load(layout).to(gl.float32)
+        delta_smem.index(slot).store(gl.sum(out * dout, 1))
+        lse_smem.index(slot).store(gl.where(unseeing, float("inf"), lse * LOG2E))
+        if HAS_SINK:
+            p_sink = gl.where(unseeing | (i >= end), 0.0, gl.exp2((sink - lse) * LOG2E))
+            sink_smem.index(slot).store(p_sink)
+        if PACKED:
+            lo_smem.index(slot).store(lo)
+        thread_barrier()
+        mbarrier.arrive(ready.index(slot), count=1)
+        done = t - 1
+        if (done >= 0) & (done + STAGES < steps):
+            mbarrier.wait(empty.index(done % STAGES), (done // STAGES) & 1)
+            _load_step(
+                q_desc, dout_desc, out_desc, q_smem, dout_smem, out_smem, full, done + STAGES,
+                b, first + (done + STAGES) * TOKENS, head, STAGES,
+            )  # fmt: skip
+            if done % EPOCH == 0:  # all have left the oldest tile, and its last dq is made
+                _load_tile(k_desc, v_desc, k_smem, v_smem, kv_full, done // EPOCH + 3, b, head_k, first, TILE, SLOTS)
+
+
+@gluon.jit
+def _publish(due, t, ds_full):
+    """This consumer's dS of step t is in shared memory."""
+    if due:
+        fence_async_shared()
+        thread_barrier()
+        mbarrier.arrive(ds_full.index(_opaque(t & 1)), count=1)
+
+
+@gluon.jit
+def _dq_in_turn(
+    due, w: gl.constexpr, t, first, softmax_scale, memory, dq_desc, ROWS: gl.constexpr, TILE: gl.constexpr,
+    BLOCK_D: gl.constexpr, PACK: gl.constexpr, SLOTS: gl.constexpr, layout: gl.constexpr,
+):  # fmt: skip
+    """dq of step t from dS of its three tiles, if it is due and consumer w's turn."""
+    _q_smem, _dout_smem, _out_smem, k_smem, _v_smem, _rows_smem, ds_smem, dq_smem, barriers = memory
+    _full, _ready, _empty, _kv_full, ds_full, ds_empty = barriers
+    TOKENS: gl.constexpr = ROWS // PACK
+    if due & (t % 3 == w):
+        buffer = _opaque(t & 1)
+        oldest = t // (TILE // TOKENS)
+        dq = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=layout)
+        mbarrier.wait(ds_full.index(buffer), (t >> 1) & 1)
+        for r in gl.static_range(3):
+            ds = ds_smem.index(buffer * 3 + (oldest + r) % 3).permute((1, 0))
+            k = k_smem.index((oldest + r) % SLOTS).reshape([TILE, BLOCK_D])
+            dq = warpgroup_mma(ds, k, dq, use_acc=r > 0, is_async=True)
+        dq = warpgroup_mma_wait(0, deps=[dq])
+        mbarrier.arrive(ds_empty.index(buffer), count=1)
+        tma.store_wait(0)
+        thread_barrier()
+        tile = dq_smem.index(_opaque(w))  # addressed as dS is, with the same registers
+        tile.reshape([ROWS, BLOCK_D]).store((dq * softmax_scale).to(tile.dtype))
+        fence_async_shared()
+        thread_barrier()
+        head_k, _number, b = _own_place()
+        async_store(dq_desc, [b, first + t * TOKENS, head_k * PACK, 0], tile)
+
+
+@gluon.jit
+def _weighted_sum(x, weights, HEADS: gl.constexpr):
+    """(TILE, ROWS), (ROWS,) in shared memory -> (TILE / 16, 8, HEADS): sums of what one thread holds, for HEADS >= 8.
+
+    Those are two keys and all tokens.
+    """
+    x = gl.sum(x.reshape([x.shape[0] // 16, 2, 8, x.shape[1]]), 1)
+    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, x.type.layout))
+    x = x * weights.load(layout)[None, None, :]
+    return gl.sum(x.reshape([x.shape[0], 8, x.shape[2] // HEADS, HEADS]), 2)
+
+
+@gluon.jit
+def _consumer(
+    w: gl.constexpr, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
+    stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dvb, stride_dvt: gl.constexpr, stride_dvh,
+    D: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr,
+    PACK: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, HAS_SINK: gl.constexpr, PACKED: gl.constexpr,
+):  # fmt: skip
+    q_smem, dout_smem, _out_smem, k_smem, v_smem, rows_smem, ds_smem, _dq_smem, barriers = memory
+    full, ready, empty, kv_full, ds_full, ds_empty = barriers
+    lse_smem, delta_smem, sink_smem, lo_smem = rows_smem
+    seqlen, _length, left = sizes
+    TOKENS: gl.constexpr = ROWS // PACK
+    EPOCH: gl.constexpr = TILE // TOKENS
+    HEADS: gl.constexpr = max(PACK, 8)
+    s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
+    layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
+    row: gl.constexpr = gl.SliceLayout(0, s_layout)
+    operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
+    dtype: gl.constexpr = q_smem.dtype
+    scale = softmax_scale * LOG2E
+    first, end, own, steps = _chunk(sizes, ROWS, TILE, PACK)
+    column = gl.arange(0, ROWS, layout=row) // PACK
+    zero = gl.zeros([TILE, ROWS], gl.float32, layout=s_layout)
+    dsink = _weighted_sum(zero, sink_smem.index(0), HEADS) * 0.0
+    tiles = (steps + EPOCH - 1) // EPOCH + 2
+    lo_ahead = 0
+    if PACKED:
+        lo_ahead = gl.load(ranges_ptr + gl.minimum(first + TOKENS, seqlen) - 1)
+    for index in range(w, tiles, 3):
+        key = first + (index - 2) * TILE
+        mine = (key >= first) & (key < end)
+        begin = gl.maximum((index - 2) * EPOCH, 0)
+        stop = gl.minimum((index + 1) * EPOCH, steps)
+        working = stop
+        if not mine:
+            working = gl.maximum(gl.minimum(stop, own), begin)
+        n = key + gl.arange(0, TILE, layout=gl.SliceLayout(1, s_layout))
+        dk = gl.zeros([TILE, BLOCK_D], gl.float32, layout=layout)
+        dv = gl.zeros([TILE, BLOCK_D], gl.float32, layout=layout)
+        kslot = index % SLOTS
+        mbarrier.wait(kv_full.index(kslot), (index // SLOTS) & 1)
+        for t in tl.range(begin, working, disable_licm=True):
+            slot = _opaque(t % STAGES)
+            phase = (t // STAGES) & 1
+            buffer = _opaque(t & 1)
+            token = first + t * TOKENS
+            k = k_smem.index(kslot).reshape([TILE, BLOCK_D])
+            v = v_smem.index(kslot).reshape([TILE, BLOCK_D])
+            q = q_smem.index(slot).reshape([ROWS, BLOCK_D])
+            dout = dout_smem.index(slot).reshape([ROWS, BLOCK_D])
+            mbarrier.wait(full.index(slot), phase)
+            s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
+            _publish((t > 0) & (t <= own), t - 1, ds_full)  # dS of the step before, now that it has landed
+            lo = gl.maximum(token + (TOKENS - 1) - left, 0)  # of the step's last row: the largest
+            if PACKED:
+                lo = lo_ahead
+                lo_ahead = gl.load(ranges_ptr + gl.minimum(token + 2 * TOKENS, seqlen) - 1)
+            mbarrier.wait(ready.index(slot), phase)
+            lse = lse_smem.index(slot).load(row)
+            s = warpgroup_mma_wait(0, deps=[s])
+            p = gl.exp2(s * scale - lse[None, :])
+            if t // EPOCH == index - 2:  # the diagonal
+                p = gl.where((n - token)[:, None] <= column[None, :], p, 0.0)
+            if lo > key:
+                if PACKED:
+                    p = gl.where(n[:, None] >= lo_smem.index(slot).load(row)[None, :], p, 0.0)
+                else:
+                    past = gl.where(n >= 0, n + left - token, -1)
+                    p = gl.where(past[:, None] >= column[None, :], p, 0.0)
+            dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
+            delta = delta_smem.index(slot).load(row)
+            dp = warpgroup_mma_wait(0, deps=[dp])
+            ds = p * dp
+            if HAS_SINK:
+                dsink += _weighted_sum(ds, sink_smem.index(slot), HEADS)
+            ds = (ds - p * delta[None, :]).to(dtype)
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), dout, dv, is_async=True)
+            dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
+            if t < own:
+                mbarrier.wait(ds_empty.index(buffer), ((t >> 1) & 1) ^ 1)
+                ds_smem.index(buffer * 3 + w).store(ds)
+            dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
+            _dq_in_turn(
+                (t > 0) & (t <= own), w, t - 1, first, softmax_scale, memory, dq_desc,
+                ROWS, TILE, BLOCK_D, PACK, SLOTS, layout,
+            )  # fmt: skip
+            mbarrier.arrive(empty.index(slot), count=1)
+        for t in range(working, stop):  # of keys whose gradients belong to the next chunk
+            slot = t % STAGES
+            mbarrier.wait(full.index(slot), (t // STAGES) & 1)
+            _publish(t == own, t - 1, ds_full)
+            _dq_in_turn(
+                t == own, w, t - 1, first, softmax_scale, memory, dq_desc, ROWS, TILE, BLOCK_D, PACK, SLOTS, layout
+            )
+            mbarrier.arrive(empty.index(slot), count=1)
+        if mine:
+            head_k, _number, b = _own_place()
+            store_rows(
+                dk_ptr, dk * softmax_scale, key, end, b, head_k, stride_dkb, stride_dkt, stride_dkh, D, BLOCK_D, layout
+            )
+            store_rows(dv_ptr, dv, key, end, b, head_k, stride_dvb, stride_dvt, stride_dvh, DV, BLOCK_D, layout)
+    _publish(own == steps, own - 1, ds_full)
+    _dq_in_turn(
+        own == steps, w, own - 1, first, softmax_scale, memory, dq_desc, ROWS, TILE, BLOCK_D, PACK, SLOTS, layout
+    )
+    tma.store_wait(0)
+    if HAS_SINK:
+        part = gl.sum(gl.sum(dsink, 0), 0)
+        part = gl.sum(part.reshape([HEADS // PACK, PACK]), 0)
+        h = gl.arange(0, PACK, layout=part.type.layout)
+        head_k, number, b = _own_place()
+        parts = (b * gl.num_programs(1) + number) * 3 + w
+        gl.store(dsink_ptr + (parts * gl.num_programs(0) + head_k).to(gl.int64) * PACK + h, -part)
+
+
+_VARYING = ["seqlen", "length", "left"]
+
+
+@gluon.jit(do_not_specialize=_VARYING)
+def _hopper_window_bwd_kernel(
+    q_desc, dout_desc, out_desc, k_desc, v_desc, dq_desc, lse_ptr, sink_ptr, ranges_ptr, dk_ptr, dv_ptr, dsink_ptr,
+    softmax_scale, seqlen, length, left,
+    stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dkd: gl.constexpr,
+    stride_dvb, stride_dvt: gl.constexpr, stride_dvh, stride_dvd: gl.constexpr,
+    D: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr,
+    PACK: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, HAS_SINK: gl.constexpr, PACKED: gl.constexpr,
+    REGISTERS: gl.constexpr,
+):  # fmt: skip
+    dtype: gl.constexpr = q_desc.dtype
+    TOKENS: gl.constexpr = ROWS // PACK
+    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], q_desc.layout)
+    dout_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], dout_desc.layout)
+    out_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], out_desc.layout)
+    dq_smem = gl.allocate_shared_memory(dtype, [3, 1, TOKENS, PACK, BLOCK_D], dq_desc.layout)
+    k_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, TILE, BLOCK_D], k_desc.layout)
+    v_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, TILE, BLOCK_D], v_desc.layout)
+    ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, ROWS], dtype)
+    ds_smem = gl.allocate_shared_memory(dtype, [6, TILE, ROWS], ds_layout)
+    row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
+    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
+    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
+    sink_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
+    lo_smem = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], row_layout)
+    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
+    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    for j in gl.static_range(STAGES):
+        mbarrier.init(full.index(j), count=1)
+        mbarrier.init(ready.index(j), count=1)
+        mbarrier.init(empty.index(j), count=3)
+    for j in gl.static_range(SLOTS):
+        mbarrier.init(kv_full.index(j), count=1)
+    for j in gl.static_range(2):
+        mbarrier.init(ds_full.index(j), count=3)
+        mbarrier.init(ds_empty.index(j), count=1)
+    fence_async_shared()
+    barriers = (full, ready, empty, kv_full, ds_full, ds_empty)
+    rows_smem = (lse_smem, delta_smem, sink_smem, lo_smem)
+    memory = (q_smem, dout_smem, out_smem, k_smem, v_smem, rows_smem, ds_smem, dq_smem, barriers)
+    sizes = (seqlen, length, left)
+    # constexprs survive only in tuples written out here
+    gl.warp_specialize(
+        [
+            (_loader, (
+                q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, ranges_ptr, memory, sizes,
+                ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
+            )),
+            (_consumer, (
+                0, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
+                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+                D, DV, ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
+            )),
+            (_consumer, (
+                1, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
+                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+                D, DV, ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
+            )),
+            (_consumer, (
+                2, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
+                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
+                D, DV, ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
+            )),
+        ],
+        [4, 4, 4],
+        [REGISTERS, REGISTERS, REGISTERS],
+    )  # fmt: skip
+
+
+def chunk_length(seqlen: int, heads: int, programs: int) -> int:
+    """Tokens of a chunk: the multiple of TILE that gives the busiest of ``programs`` the least to do."""
+
+    def work(length: int) -> tuple[int, int]:
+        rounds = ceil_div(heads * ceil_div(seqlen, length), programs)
+        return rounds * (length + HALO + TILE), -length
+
+    tiles = ceil_div(seqlen, TILE)
+    return min((ceil_div(tiles, n) * TILE for n in range(1, tiles + 1)), key=work)
+
+
+def _token_blocks(x: Tensor, d: int, stride: tuple[int, ...], heads: int) -> Blocks:
+    """Blocks of (1, ROWS / heads, heads, BLOCK_D) of a BSHD tensor with the type, tokens and heads of x."""
+    block = [1, ROWS // heads, heads, BLOCK_D]
+    fields = {
+        "shape": [*x.shape[:3], d],
+        "strides": list(stride),
+        "block_shape": block,
+        "layout": gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16),  # one for both types of 16 bits
+        "padding": "zero",
+    }
+    return Blocks(TensorDescriptor, fields)
+
+
+@planned
+def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, dv_strides) -> tuple[Launch, int]:
+    """The launch, rows of partial sums of dsink."""
+    call = problem.call
+    q, k, v = call.q, call.k, call.v
+    d, dv, group = q.shape[-1], v.shape[-1], problem.heads_q // problem.heads_k
+    length = chunk_length(problem.seqlen_q, problem.batch * problem.heads_k, multiprocessors(q.device))
+    chunks = ceil_div(problem.seqlen_q, length)
+    blocks = {
+        "q_desc": _token_blocks(q, d, q.stride(), group),
+        "dout_desc": _token_blocks(q, dv, dout_strides, group),
+        "out_desc": _token_blocks(q, dv, out_strides, group),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, TILE),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, TILE),
+        "dq_desc": _token_blocks(q, d, dq_strides, group),
+    }
+    launch = Launch(
+        _hopper_window_bwd_kernel,
+        (problem.heads_k, chunks, problem.batch),
+        blocks,
+        softmax_scale=call.softmax_scale,
+        seqlen=problem.seqlen_q,
+        length=length,
+        left=call.mask.left,
+        **strides("dk", dk_strides),
+        **strides("dv", dv_strides),
+        D=d,
+        DV=dv,
+        ROWS=ROWS,
+        TILE=TILE,
+        BLOCK_D=BLOCK_D,
+        PACK=group,
+        STAGES=STAGES,
+        SLOTS=SLOTS,
+        HAS_SINK=call.sinks is not None,
+        PACKED=call.mask.packed,
+        REGISTERS=REGISTERS,
+        num_warps=4,
+    )
+    return launch, chunks * problem.batch * 3
+
+
+def supports(call: Call, out: Tensor, dout: Tensor, dq: Tensor) -> bool:
+    """Whether this kernel can serve a call that the window kernels serve, and is faster."""
+    q, k, v = call.q, call.k, call.v
+    batch, seqlen = q.shape[:2]
+    return (
+        call.mask.left >= MIN_LEFT
+        and seqlen == k.shape[1]
+        and seqlen >= MIN_SEQLEN
+        and batch * seqlen >= MIN_TOKENS
+        and batch <= MAX_BATCH
+        and q.shape[2] // k.shape[2] in GROUPS
+        and 32 < max(q.shape[-1], v.shape[-1]) <= BLOCK_D
+        and all(map(addressable, (q, k, v, out, dout, dq)))
+    )
+
+
+def launch_backward(problem: Problem, out, lse, dout, dq, dk, dv, dsinks) -> None:
+    """Write dq, dk, dv, and dsinks unless None. Every element is written."""
+    call, ranges = problem.call, problem.ranges
+    launch, parts = _plan(problem, *(x.stride() for x in (out, dout, dq, dk, dv)))
+    dsink_parts = lse.new_empty(parts, problem.heads_q) if call.sinks is not None else None
+    unused = lse  # warp_specialize passes no None
+    launch(
+        q_desc=call.q,
+        dout_desc=dout,
+        out_desc=out,
+        k_desc=call.k,
+        v_desc=call.v,
+        dq_desc=dq,
+        lse_ptr=lse,
+        sink_ptr=unused if problem.sinks is None else problem.sinks,
+        ranges_ptr=unused if ranges is None else ranges,
+        dk_ptr=dk,
+        dv_ptr=dv,
+        dsink_ptr=unused if dsink_parts is None else dsink_parts,
+    )
+    if dsinks is not None:
+        sum_rows(dsink_parts, dsinks)
