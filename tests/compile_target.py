@@ -34,6 +34,7 @@ from triton_attention_sink_hf.implementations.triton_hopper import wide as hoppe
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
 from triton_attention_sink_hf.implementations.triton_window import config as window_config
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
+from triton_attention_sink_hf.implementations.triton_window import hopper_backward as window_hopper_backward
 from triton_attention_sink_hf.masks import Mask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -76,6 +77,10 @@ ALL = {
         "padding softcap": {"padding": "left", "softcap": 9.0, "sinks": None},
         "decode": {"seqlen_q": 1, "seqlen_k": 4096, "used": (4000,)},
     }.items()
+}
+ALL |= {
+    f"narrow window, group of {group}": Case(1024, heads=(16, 16 // group), head_dim=48, dtype=BF16, window=(100, 0))
+    for group in (4, 16)
 }
 
 
@@ -128,6 +133,11 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
                 problem, lse, torch.empty_like(out), lse if case.dlse else None,
                 torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
             )  # fmt: skip
+            if window_hopper_backward.supports(problem.call, out, out, torch.empty_like(q)):
+                window_hopper_backward.launch_backward(
+                    problem, out, lse, torch.empty_like(out),
+                    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
+                )  # fmt: skip
         if hopper(case) and problem.target in hopper_config.TARGETS:
             hopper_forward.launch_forward(problem, out, lse)
             module = hopper_backward if max(case.dims) <= hopper_config.MAX_FUSED_DIM else hopper_wide

@@ -45,7 +45,8 @@ def _check(target: str, rows: list[dict]) -> None:
     for prefix in ("_attn", "_window") if target == "sm90" else ("_attn",):
         assert {f"{prefix}_fwd_kernel", f"{prefix}_bwd_dq_kernel", f"{prefix}_bwd_dkv_kernel"} <= kernels
     if target == "sm90":
-        assert {"_hopper_fwd_kernel", "_hopper_bwd_kernel", "_hopper_dkv_kernel", "_hopper_dq_kernel"} <= kernels
+        names = ("fwd", "bwd", "dkv", "dq", "window_bwd")
+        assert {f"_hopper_{name}_kernel" for name in names} <= kernels
     wrong = [
         row
         for row in rows

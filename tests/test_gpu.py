@@ -103,6 +103,39 @@ def test_random_lengths(mask, head_dim):
             assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
 
 
+@pytest.mark.parametrize("group", [4, 8, 16])
+@pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
+def test_window_backward_in_one_kernel(packed, group, monkeypatch):
+    """Chunks, tiles and segments that end anywhere; sizes that it leaves to two kernels for the sake of speed, too."""
+    if torch.cuda.get_device_capability() != (9, 0):
+        pytest.skip("the kernel is Hopper's")
+    from triton_attention_sink_hf.implementations.triton_window import hopper_backward
+
+    launched = []
+    launch = hopper_backward.launch_backward
+    monkeypatch.setattr(hopper_backward, "launch_backward", lambda *a: (launched.append(1), launch(*a)))
+    for name in ("MIN_LEFT", "MIN_TOKENS"):
+        monkeypatch.setattr(hopper_backward, name, 0)
+    pick = random.Random(f"{group} {packed}")
+    for seed in range(12):
+        length = 64 * pick.choice((1, 1, 2, 3, 7))
+        monkeypatch.setattr(hopper_backward, "chunk_length", lambda *_, length=length: length)
+        lengths = [pick.choice((pick.randrange(1, 70), pick.randrange(1, 400))) for _ in range(pick.randrange(1, 6))]
+        total = max(sum(lengths), 64)
+        case = Case(
+            total, batch=1 if packed else pick.randrange(1, 4), heads=(2 * group, 2), dtype=pick.choice((BF16, FP16)),
+            head_dim=pick.choice((64, 48, (40, 64))), window=(pick.choice((0, 1, 63, 64, 100, 127, 128)), 0),
+            lengths_q=tuple(lengths) if packed else None, layout=pick.choice(("bshd", "bhsd")),
+            sinks=pick.choice(("learned", "learned", None)),
+        )  # fmt: skip
+        inputs = make_inputs(case, "cuda", seed)
+        results = run(case, inputs, "triton_window")
+        assert_within_budget(case, inputs, results)
+        again = run(case, inputs, "triton_window")
+        assert all(torch.equal(value, again[key]) for key, value in results.items()), case
+    assert len(launched) == 24
+
+
 def implementations(case: Case) -> list[str]:
     """The kernels that must serve ``case`` on this card."""
     is_hopper = torch.cuda.get_device_capability() == (9, 0)

@@ -13,6 +13,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this trit
 from triton_attention_sink_hf import explain, implementations
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations import triton_hopper, unsupported_reason
+from triton_attention_sink_hf.implementations.triton_window import hopper_backward
 from triton_attention_sink_hf.masks import Mask
 
 BF16 = torch.bfloat16
@@ -100,3 +101,48 @@ def test_a_triton_that_it_was_not_compiled_with_falls_back(monkeypatch):
         assert unsupported_reason("triton", _call()) is None
     finally:
         implementations.load.cache_clear()
+
+
+def _window_call(seqlen=2048, batch=1, heads=(16, 2), head_dim=64, left=127):
+    inputs = make_inputs(Case(seqlen, batch=batch, heads=heads, head_dim=head_dim, dtype=BF16))
+    return Call(inputs.q, inputs.k, inputs.v, inputs.sinks, Mask(left, 0), 0.125, 0.0, True)
+
+
+@pytest.mark.parametrize(
+    ("changes", "served"),
+    [
+        ({}, True),
+        ({"left": 128}, True),
+        ({"left": 64}, False),
+        ({"heads": (16, 4)}, True),
+        ({"heads": (16, 1)}, True),
+        ({"heads": (12, 2)}, False),
+        ({"heads": (4, 2)}, False),
+        ({"head_dim": (40, 64)}, True),
+        ({"head_dim": 128}, False),
+        ({"head_dim": 32}, False),
+        ({"head_dim": (36, 64)}, False),
+        ({"seqlen": 1000}, False),
+        ({"seqlen": 128, "batch": 8}, True),
+        ({"seqlen": 32, "batch": 64}, False),
+    ],
+    ids=str,
+)
+def test_the_window_backward_in_one_kernel(changes, served):
+    call = _window_call(**changes)
+    out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
+    assert hopper_backward.supports(call, out, out, torch.empty_like(call.q)) == served
+    if served:
+        assert not hopper_backward.supports(call, out, out.transpose(2, 3), torch.empty_like(call.q))
+
+
+@pytest.mark.parametrize("programs", [1, 78, 132])
+@pytest.mark.parametrize("heads", [1, 8, 24, 512])
+@pytest.mark.parametrize("seqlen", [64, 100, 1024, 5000, 32768, 540_000])
+def test_chunks(seqlen, heads, programs):
+    """Whole tiles; whoever has most to do has at most twice an equal share of it, halo and rounding not counted."""
+    length = hopper_backward.chunk_length(seqlen, heads, programs)
+    assert length % hopper_backward.TILE == 0 and 0 < length < seqlen + hopper_backward.TILE
+    rounds = -(-heads * -(-seqlen // length) // programs)
+    extra = hopper_backward.HALO + 2 * hopper_backward.TILE
+    assert rounds * length <= max(2 * heads * seqlen / programs, seqlen / max(1, programs // heads)) + rounds * extra

@@ -36,18 +36,6 @@ from .statistics import ALIGN, ROWS, new_statistics, prepare_launch, statistics_
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
 
-# Eight fp32 to packed halves, in a way that ptxas cannot sink below the next product: a warp barrier whose mask depends
-# on them. Without it ptxas delays the exponentials, runs out of registers and serialises every product (C7512).
-_PIN: gl.constexpr = gl.constexpr(
-    "{ .reg .b32 t, m; cvt.rn.TYPE.f32 $0, $5, $4; cvt.rn.TYPE.f32 $1, $7, $6; cvt.rn.TYPE.f32 $2, $9, $8;"
-    " cvt.rn.TYPE.f32 $3, $11, $10; activemask.b32 m; or.b32 t, $0, $1; or.b32 t, t, $2; or.b32 t, t, $3;"
-    " or.b32 t, t, m; bar.warp.sync t; }"
-)
-_PIN_BF16: gl.constexpr = gl.constexpr(_PIN.value.replace("TYPE", "bf16x2"))
-_PIN_FP16: gl.constexpr = gl.constexpr(_PIN.value.replace("TYPE", "f16x2"))
-_PIN_OPERANDS: gl.constexpr = gl.constexpr("=&r,=&r,=&r,=&r,f,f,f,f,f,f,f,f")
-_UNPACK_BF16: gl.constexpr = gl.constexpr("shl.b32 $0, $2, 16; and.b32 $1, $2, 0xffff0000;")
-
 
 @triton.jit
 def _finish_kernel(
@@ -189,7 +177,7 @@ def _consumer(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, lse_smem, delta_smem, ds_smem, kv_full, full, ds_full, ds_empty = memory
-    # registers to spare: K and V there, scores one block ahead, P kept in fp32
+    # registers to spare: K and V there, scores one block ahead, P as an operand of dv before P has become dS
     SMALL: gl.constexpr = BLOCK_D <= 64 and BLOCK_DV <= 64
     HAS_LO: gl.constexpr = HAS_RIGHT or PACKED
     HAS_HI: gl.constexpr = HAS_LEFT or PACKED
@@ -234,7 +222,7 @@ def _consumer(
         q0 = q_smem.index(0).reshape([BLOCK_M, BLOCK_D])
         s = warpgroup_mma(k, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
         s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-    for c in range(0, n):
+    for c in tl.range(0, n, disable_licm=True):  # else what does not change takes the registers of what does
         slot, phase = _slot(c, STAGES)
         e = c & 1
         q = q_smem.index(slot).reshape([BLOCK_M, BLOCK_D])
@@ -246,22 +234,14 @@ def _consumer(
         lse = lse_smem.index(slot).load(s_layout)
         s = hide(s, i, start, lo, hi, edge, unmasked, BLOCK_M, HAS_LO, HAS_HI, gl.SliceLayout(0, s_layout))
         p = gl.exp2(s * scale - lse)
-        if SMALL:
-            p_half = p.to(dtype)
-        elif dtype == gl.bfloat16:
-            p_half = gl.inline_asm_elementwise(_PIN_BF16, _PIN_OPERANDS, [p], gl.bfloat16, False, 8)
-        else:
-            p_half = gl.inline_asm_elementwise(_PIN_FP16, _PIN_OPERANDS, [p], gl.float16, False, 8)
         dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-        dv = warpgroup_mma(gl.convert_layout(p_half, dv_operand), dout, dv, is_async=True)
+        if SMALL:
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), dv_operand), dout, dv, is_async=True)
         delta = delta_smem.index(slot).load(s_layout)
-        if not SMALL:
-            if dtype == gl.bfloat16:
-                p = gl.inline_asm_elementwise(_UNPACK_BF16, "=f,=f,r", [p_half], gl.float32, True, 2)
-            else:
-                p = p_half.to(gl.float32)
-        dp = warpgroup_mma_wait(1, deps=[dp])
+        dp = warpgroup_mma_wait(1 if SMALL else 0, deps=[dp])
         ds = (p * (dp - delta)).to(dtype)
+        if not SMALL:
+            dv = warpgroup_mma(gl.convert_layout(p.to(dtype), dv_operand), dout, dv, is_async=True)
         if SMALL:  # scores of the next block (of this one again at the very end)
             next_slot, next_phase = _slot(gl.minimum(c + 1, n - 1), STAGES)
             mbarrier.wait(full.index(next_slot), next_phase)

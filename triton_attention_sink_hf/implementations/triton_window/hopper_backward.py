@@ -202,15 +202,15 @@ def _dq_in_turn(
 
 
 @gluon.jit
-def _weighted_sum(x, weights, HEADS: gl.constexpr):
-    """(TILE, ROWS), (ROWS,) in shared memory -> (TILE / 16, 8, HEADS): sums of what one thread holds, for HEADS >= 8.
+def _sum_of_keys(x):
+    """(TILE, ROWS) -> (TILE / 16, 8, ROWS): sums of the two keys that one thread holds of a row."""
+    return gl.sum(x.reshape([x.shape[0] // 16, 2, 8, x.shape[1]]), 1)
 
-    Those are two keys and all tokens.
-    """
-    x = gl.sum(x.reshape([x.shape[0] // 16, 2, 8, x.shape[1]]), 1)
-    layout: gl.constexpr = gl.SliceLayout(0, gl.SliceLayout(1, x.type.layout))
-    x = x * weights.load(layout)[None, None, :]
-    return gl.sum(x.reshape([x.shape[0], 8, x.shape[2] // HEADS, HEADS]), 2)
+
+@gluon.jit
+def _sum_of_tokens(x, HEADS: gl.constexpr):
+    """(..., ..., ROWS) -> (..., ..., HEADS): sums of what one thread holds, for HEADS >= 8."""
+    return gl.sum(x.reshape([x.shape[0], x.shape[1], x.shape[2] // HEADS, HEADS]), 2)
 
 
 @gluon.jit
@@ -236,7 +236,7 @@ def _consumer(
     first, end, own, steps = _chunk(sizes, ROWS, TILE, PACK)
     column = gl.arange(0, ROWS, layout=row) // PACK
     zero = gl.zeros([TILE, ROWS], gl.float32, layout=s_layout)
-    dsink = _weighted_sum(zero, sink_smem.index(0), HEADS) * 0.0
+    dsink = _sum_of_tokens(_sum_of_keys(zero), HEADS)
     tiles = (steps + EPOCH - 1) // EPOCH + 2
     lo_ahead = 0
     if PACKED:
@@ -287,7 +287,9 @@ def _consumer(
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = p * dp
             if HAS_SINK:
-                dsink += _weighted_sum(ds, sink_smem.index(slot), HEADS)
+                of_keys = _sum_of_keys(ds)
+                p_sink = sink_smem.index(slot).load(gl.SliceLayout(0, gl.SliceLayout(1, of_keys.type.layout)))
+                dsink += _sum_of_tokens(of_keys * p_sink[None, None, :], HEADS)
             ds = (ds - p * delta[None, :]).to(dtype)
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), dout, dv, is_async=True)
             dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
