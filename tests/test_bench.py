@@ -68,7 +68,14 @@ def test_implementations_are_timed_in_turns_that_run_back_and_forth(monkeypatch)
 
 
 @pytest.mark.parametrize(
-    "run", ["2026-11-24-h100", "2026-11-24-h100-in-turns", "2026-11-24-h100-windows-in-turns", "2026-11-26-h200"]
+    "run",
+    [
+        "2026-11-24-h100",
+        "2026-11-24-h100-in-turns",
+        "2026-11-24-h100-windows-in-turns",
+        "2026-11-26-h200",
+        "2026-11-26-h100",
+    ],
 )
 def test_results_in_the_repository_say_what_their_rows_say(run):
     result = json.loads((RESULTS / f"{run}.json").read_text())
