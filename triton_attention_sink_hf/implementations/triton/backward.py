@@ -93,6 +93,8 @@ def _attn_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
+    # what loops compute anew rather than keep in registers that there are not
+    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
     chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
     tile = tiles - 1 - tl.program_id(0) // (chunks * batch)  # as in the forward
@@ -146,7 +148,7 @@ def _attn_bwd_dq_kernel(
         padding_base = padding_ptr + b.to(tl.int64) * stride_pb
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for e in tl.range(0, edges, num_stages=STAGES, disable_licm=TMA and PACKED):
+    for e in tl.range(0, edges, num_stages=STAGES, disable_licm=ANEW):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
             dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base,
@@ -154,7 +156,7 @@ def _attn_bwd_dq_kernel(
             softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
             HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
         )  # fmt: skip
-    for f in tl.range(0, full, num_stages=STAGES, disable_licm=TMA and PACKED):
+    for f in tl.range(0, full, num_stages=STAGES, disable_licm=ANEW):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
             dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base,
@@ -248,8 +250,8 @@ def _attn_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
-    # no registers are left to hold what a loop can compute anew
-    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D == 128)
+    # what loops compute anew rather than keep in registers that there are not
+    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
     # the first key tiles first: under causality most queries see them
     tile = tl.program_id(0) // (heads_k * batch)
     rest = tl.program_id(0) % (heads_k * batch)
