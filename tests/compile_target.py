@@ -133,7 +133,7 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
                 problem, lse, torch.empty_like(out), lse if case.dlse else None,
                 torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
             )  # fmt: skip
-            if window_hopper_backward.supports(problem.call, out, out, torch.empty_like(q)):
+            if window_hopper_backward.supports(problem, out, out, None, torch.empty_like(q), k):
                 window_hopper_backward.launch_backward(
                     problem, out, lse, torch.empty_like(out),
                     torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,

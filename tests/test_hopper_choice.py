@@ -13,6 +13,8 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this trit
 from triton_attention_sink_hf import explain, implementations
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations import triton_hopper, unsupported_reason
+from triton_attention_sink_hf.implementations.triton import launch
+from triton_attention_sink_hf.implementations.triton.launch import Problem
 from triton_attention_sink_hf.implementations.triton_window import hopper_backward
 from triton_attention_sink_hf.masks import Mask
 
@@ -128,12 +130,16 @@ def _window_call(seqlen=2048, batch=1, heads=(16, 2), head_dim=64, left=127):
     ],
     ids=str,
 )
-def test_the_window_backward_in_one_kernel(changes, served):
-    call = _window_call(**changes)
-    out = call.q.new_empty(*call.q.shape[:3], call.v.shape[-1])
-    assert hopper_backward.supports(call, out, out, torch.empty_like(call.q)) == served
-    if served:
-        assert not hopper_backward.supports(call, out, out.transpose(2, 3), torch.empty_like(call.q))
+def test_the_window_backward_in_one_kernel(changes, served, monkeypatch):
+    problem = Problem(_window_call(**changes))
+    q, k, v = problem.call.q, problem.call.k, problem.call.v
+    out, dq, dk = q.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(q), torch.empty_like(k)
+    assert not hopper_backward.supports(problem, out, out, None, dq, dk)  # on the CPU
+    monkeypatch.setattr(launch, "target_name", lambda device: "sm90")
+    assert hopper_backward.supports(problem, out, out, None, dq, dk) == served
+    assert not hopper_backward.supports(problem, out, out.transpose(2, 3), None, dq, dk)
+    assert not hopper_backward.supports(problem, out, out, out.new_empty(q.shape[0], q.shape[2], q.shape[1]), dq, dk)
+    assert not hopper_backward.supports(problem, out, out, None, dq, None)
 
 
 @pytest.mark.parametrize("programs", [1, 78, 132])

@@ -17,8 +17,8 @@ _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32
 
 
 @functools.cache
-def _shared_layout(rows: int, columns: int, dtype: torch.dtype) -> gl.NVMMASharedLayout:
-    return gl.NVMMASharedLayout.get_default_for([1, 1, rows, columns], _DTYPES[dtype])
+def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMASharedLayout:
+    return gl.NVMMASharedLayout.get_default_for(list(block), _DTYPES[dtype])
 
 
 def padded(d: int) -> int:
@@ -26,24 +26,32 @@ def padded(d: int) -> int:
     return max(next_power_of_2(d), 64)
 
 
+def copy_blocks(shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout) -> Blocks:
+    """Blocks that the copy engine moves; what lies outside the tensor reads as 0 and is not written."""
+    fields = {"shape": shape, "strides": strides, "block_shape": block, "layout": layout, "padding": "zero"}
+    return Blocks(TensorDescriptor, fields)
+
+
 def row_blocks(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, rows: int, columns: int | None = None
 ) -> Blocks:
-    """Blocks of (1, 1, rows, columns) of a BSHD tensor seen as BHSD; what lies outside reads as 0, is not written.
+    """Blocks of (1, 1, rows, columns) of a BSHD tensor seen as BHSD.
 
     The copy engine must be able to address it: strides and address in multiples of 16 bytes, the last stride 1.
     """
     b, t, h, d = shape
     stride_b, stride_t, stride_h, stride_d = stride
-    columns = columns or padded(d)
-    fields = {
-        "shape": [b, h, t, d],
-        "strides": [stride_b, stride_h, stride_t, stride_d],
-        "block_shape": [1, 1, rows, columns],
-        "layout": _shared_layout(rows, columns, dtype),
-        "padding": "zero",
-    }
-    return Blocks(TensorDescriptor, fields)
+    block = (1, 1, rows, columns or padded(d))
+    strides = [stride_b, stride_h, stride_t, stride_d]
+    return copy_blocks([b, h, t, d], strides, list(block), _shared_layout(block, dtype))
+
+
+def token_blocks(
+    shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, tokens: int, heads: int
+) -> Blocks:
+    """Blocks of (1, tokens, heads, padded D) of a BSHD tensor, which the copy engine must be able to address."""
+    block = (1, tokens, heads, padded(shape[-1]))
+    return copy_blocks(list(shape), list(stride), list(block), _shared_layout(block, dtype))
 
 
 def call_constants(problem: Problem) -> dict:

@@ -3,12 +3,12 @@
 import triton
 import triton.language as tl
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
 from ..triton.backward import dlse_arguments
 from ..triton.launch import Problem, ceil_div, next_power_of_2, strides
 from ..triton.primitives import LOG2E, exp
 from ..triton.relaunch import Blocks, Launch
+from .launch import copy_blocks
 
 ROWS = 128  # rows of a program
 ALIGN = 4  # the copy engine takes rows of fp32 statistics from multiples of 16 bytes only
@@ -84,14 +84,7 @@ _ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 def statistics_blocks(problem: Problem, rows: int) -> Blocks:
     """Blocks of (1, rows) of lse or of delta, (B Hq, padded Sq)."""
     padded_q = ceil_div(problem.seqlen_q, ROWS) * ROWS
-    fields = {
-        "shape": [problem.batch * problem.heads_q, padded_q],
-        "strides": [padded_q, 1],
-        "block_shape": [1, rows],
-        "layout": _ROW,
-        "padding": "zero",
-    }
-    return Blocks(TensorDescriptor, fields)
+    return copy_blocks([problem.batch * problem.heads_q, padded_q], [padded_q, 1], [1, rows], _ROW)
 
 
 def new_statistics(problem: Problem, like, has_sinks: bool) -> tuple:

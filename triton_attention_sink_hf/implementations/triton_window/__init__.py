@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from types import ModuleType
 
 import torch
@@ -11,7 +12,7 @@ from ...call import Call
 from .. import triton as portable
 from ..triton.launch import Problem, target_name
 from .backward import launch_backward
-from .config import HOPPER_TARGETS, MAX_LEFT, TARGETS
+from .config import MAX_LEFT, TARGETS
 from .forward import launch_forward
 
 
@@ -57,21 +58,20 @@ def run_backward(
 ) -> None:
     """Write dq, and dk, dv, dsinks (Hq,) where given, in their inputs' dtypes."""
     if out.numel() and call.k.numel():
-        fused = None if dlse is not None or dk is None else _hopper_backward(call)
-        if fused is not None and fused.supports(call, out, dout, dq):
-            fused.launch_backward(Problem(call), out, lse, dout, dq, dk, dv, dsinks)
+        problem, hopper = Problem(call), _hopper_backward()
+        if hopper is not None and hopper.supports(problem, out, dout, dlse, dq, dk):
+            hopper.launch_backward(problem, out, lse, dout, dq, dk, dv, dsinks)
         else:
-            launch_backward(Problem(call), lse, dout, dlse, dq, dk, dv, dsinks)
+            launch_backward(problem, lse, dout, dlse, dq, dk, dv, dsinks)
     else:
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)
 
 
-def _hopper_backward(call: Call) -> ModuleType | None:
-    """The backward in one kernel, where the card and the installed Triton have what it takes."""
-    if target_name(call.q.device) not in HOPPER_TARGETS:
-        return None
+@functools.cache
+def _hopper_backward() -> ModuleType | None:
+    """The backward in one Gluon kernel; None where the installed Triton's Gluon is not known."""
     try:
         from . import hopper_backward
-    except ImportError:  # a Triton whose Gluon is not known
+    except ImportError:
         return None
     return hopper_backward

@@ -7,7 +7,6 @@ from dataclasses import dataclass
 from ..triton.launch import multiprocessors, next_power_of_2
 
 TARGETS = ("sm90", "cpu")  # where the numbers below were measured, and the interpreter
-HOPPER_TARGETS = ("sm90",)  # of the backward in one Gluon kernel
 MAX_LEFT = 128  # at 64 rows, 144 scores a row in fp32 are what the registers of 4 warps hold
 ROWS = 64  # one warpgroup's matrix instruction
 

@@ -21,16 +21,15 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
-from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ...call import Call
 from ..triton.launch import Problem, addressable, ceil_div, multiprocessors, planned, strides
 from ..triton.primitives import LOG2E
 from ..triton.reduce import sum_rows
-from ..triton.relaunch import Blocks, Launch
+from ..triton.relaunch import Launch
 from ..triton_hopper.backward import store_rows
+from ..triton_hopper.config import TARGETS
 from ..triton_hopper.gluon_compat import async_load, async_store, thread_barrier
-from ..triton_hopper.launch import row_blocks
+from ..triton_hopper.launch import row_blocks, token_blocks
 
 ROWS = 64  # of a step
 TILE = 64  # keys of a consumer
@@ -417,19 +416,6 @@ def chunk_length(seqlen: int, heads: int, programs: int) -> int:
     return min((ceil_div(tiles, n) * TILE for n in range(1, tiles + 1)), key=work)
 
 
-def _token_blocks(x: Tensor, d: int, stride: tuple[int, ...], heads: int) -> Blocks:
-    """Blocks of (1, ROWS / heads, heads, BLOCK_D) of a BSHD tensor with the type, tokens and heads of x."""
-    block = [1, ROWS // heads, heads, BLOCK_D]
-    fields = {
-        "shape": [*x.shape[:3], d],
-        "strides": list(stride),
-        "block_shape": block,
-        "layout": gl.NVMMASharedLayout.get_default_for(block, gl.bfloat16),  # one for both types of 16 bits
-        "padding": "zero",
-    }
-    return Blocks(TensorDescriptor, fields)
-
-
 @planned
 def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, dv_strides) -> tuple[Launch, int]:
     """The launch, rows of partial sums of dsink."""
@@ -437,14 +423,14 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
     q, k, v = call.q, call.k, call.v
     d, dv, group = q.shape[-1], v.shape[-1], problem.heads_q // problem.heads_k
     length = chunk_length(problem.seqlen_q, problem.batch * problem.heads_k, multiprocessors(q.device))
-    chunks = ceil_div(problem.seqlen_q, length)
+    chunks, out_shape = ceil_div(problem.seqlen_q, length), (*q.shape[:3], dv)
     blocks = {
-        "q_desc": _token_blocks(q, d, q.stride(), group),
-        "dout_desc": _token_blocks(q, dv, dout_strides, group),
-        "out_desc": _token_blocks(q, dv, out_strides, group),
+        "q_desc": token_blocks(q.shape, q.stride(), q.dtype, ROWS // group, group),
+        "dout_desc": token_blocks(out_shape, dout_strides, q.dtype, ROWS // group, group),
+        "out_desc": token_blocks(out_shape, out_strides, q.dtype, ROWS // group, group),
         "k_desc": row_blocks(k.shape, k.stride(), k.dtype, TILE),
         "v_desc": row_blocks(v.shape, v.stride(), v.dtype, TILE),
-        "dq_desc": _token_blocks(q, d, dq_strides, group),
+        "dq_desc": token_blocks(q.shape, dq_strides, q.dtype, ROWS // group, group),
     }
     launch = Launch(
         _hopper_window_bwd_kernel,
@@ -472,12 +458,16 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
     return launch, chunks * problem.batch * 3
 
 
-def supports(call: Call, out: Tensor, dout: Tensor, dq: Tensor) -> bool:
-    """Whether this kernel can serve a call that the window kernels serve, and is faster."""
+def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor | None) -> bool:
+    """Whether this kernel can serve a backward that the two kernels of ``backward.py`` serve, and is faster."""
+    call = problem.call
     q, k, v = call.q, call.k, call.v
     batch, seqlen = q.shape[:2]
     return (
-        call.mask.left >= MIN_LEFT
+        problem.target in TARGETS
+        and dlse is None
+        and dk is not None
+        and call.mask.left >= MIN_LEFT
         and seqlen == k.shape[1]
         and seqlen >= MIN_SEQLEN
         and batch * seqlen >= MIN_TOKENS
