@@ -107,13 +107,14 @@ def attention_forward(
     else:
         mask = _layers_own_mask(module, q, k, attention_mask, is_causal, sliding_window)
     mask.check(q.shape[1], k.shape[1])
-    position_ids = _text_positions(mask, position_ids, q.shape[0], q.shape[1])
     rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
+    given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
     group = mask.group if mask.has_group else active_group(rows)
     if group is not None:
         q, k, v = follow_autocast(q, k, v)
-        padded = mask.padding() != NO_PADDING
-        check_shards(group, q, k, v, padded, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        padded = isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING
+        positions = given if position_ids is None else position_ids
+        check_shards(group, q, k, v, padded, positions, cu_seq_lens_q, cu_seq_lens_k)
         q, k, v = gather_rows(group, q, k, v)
         sinks = own_sinks(group, sinks)
         mask = mask.whole(q.shape[1])

@@ -12,6 +12,7 @@ got: every tensor operation and attribute goes to ``dense``. Attention layers ar
 from __future__ import annotations
 
 import copy
+import functools
 import sys
 import threading
 from collections.abc import Callable, Hashable
@@ -44,21 +45,22 @@ class Forward:
 
     def __init__(self):
         self.used = False
-        self._derived: dict[tuple, tuple[Tensor, object]] = {}
+        self._derived: dict[tuple, tuple[tuple[Tensor, ...], object]] = {}
         self._questions: list[Tensor] = []
         self._answers: list[int] = []
 
-    def once(self, tensor: Tensor, key: Hashable, derive: Callable[[], T]) -> T:
-        """``derive()``, remembered for this tensor object and ``key``.
+    def once(self, tensors: Tensor | tuple[Tensor, ...], key: Hashable, derive: Callable[[], T]) -> T:
+        """``derive()``, remembered for these tensor objects and ``key``.
 
         Under torch.compile the graph removes the repetition. During CUDA-graph capture everything is derived inside the
         graph: a value from outside would go stale when the graph is replayed on new data.
         """
-        if recorded(tensor):
+        tensors = tensors if isinstance(tensors, tuple) else (tensors,)
+        if recorded(tensors[0]):
             return derive()
-        key = (key, id(tensor))
+        key = (key, *map(id, tensors))
         if key not in self._derived:
-            self._derived[key] = (tensor, derive())  # the tensor too: it keeps its id
+            self._derived[key] = (tensors, derive())  # tensors that are kept keep their ids
         return self._derived[key][1]
 
     def ask(self, question: Tensor) -> int:
@@ -146,13 +148,13 @@ class ForwardMask:
 
     def check(self, seqlen_q: int, seqlen_k: int) -> None:
         """Raise for a layer that has other queries or keys than the mask function was told of."""
-        self.forward.used = True
         if self.told and (self.shape[2] != seqlen_q or self.shape[3] != seqlen_k):
             raise ValueError(
                 f"attention_mask must be made for the layer's {seqlen_q} queries and {seqlen_k} keys, got one for "
                 f"{self.shape[2]} and {self.shape[3]}: the layer adds or drops keys, which the mask says nothing of. "
                 "Use attn_implementation='eager'"
             )
+        self.forward.used = True
         if self._blocks is not None and (torch.cuda.is_current_stream_capturing() or self.forward.answer(self._blocks)):
             refuse_pattern("blocks of tokens that see each other in both directions (images)")
 
@@ -197,6 +199,7 @@ class ForwardMask:
             cu_seqlens int32 (B * Sq + 1,) of the flattened rows, with a key_padding_mask bool (B * Sk,) if one is
             needed beside it; or without cu_seqlens key_padding_mask (B, Sk) and seqused_k int32 (B,).
         """
+        self.forward.used = True
         batch, seqlen = q.shape[:2]
         real, device = self.real, q.device
         if real is not None and real.device != device:
@@ -207,13 +210,12 @@ class ForwardMask:
         if seqlen != k.shape[1] or seqlen < 2:
             return None, real, None
         padding = self.padding()
-        sources = (self.cuts, self.sample_ids, position_ids, real)
-        source = next((x for x in sources if x is not None), None)
-        if source is None:
+        sources = tuple(x for x in (self.cuts, self.sample_ids, position_ids, self.real) if x is not None)
+        if not sources:
             return None, None, None
-        # masks of one forward may share position_ids and differ in their padding
-        key = (batch, seqlen, device, id(self.real))
-        cu, gaps = self.forward.once(source, key, lambda: self._segments(batch, padding, position_ids, device))
+        cu, gaps = self.forward.once(
+            sources, (batch, seqlen, device), lambda: self._segments(batch, padding, position_ids, device)
+        )
         if cu is None:
             return None, None if padding == NO_PADDING else real, None
         return cu, real.flatten() if gaps else None, None
@@ -221,23 +223,24 @@ class ForwardMask:
     def _segments(self, batch: int, padding: int, position_ids: Tensor | None, device) -> tuple[Tensor | None, bool]:
         """cu_seqlens or None (nothing is cut), and whether padding must be hidden beside it."""
         real = None if padding == NO_PADDING else self.real.to(device)
+        found = []
         if self.cuts is not None:
-            cuts = self.cuts.to(device)
-        elif self.sample_ids is not None:
-            cuts = cuts_from_samples(self.sample_ids.to(device))
-        elif position_ids is not None:
-            cuts = cuts_from_positions(position_ids.to(device).reshape(-1, position_ids.shape[-1]), real)
-        else:
-            cuts = None
-        if cuts is not None and device.type == "cpu" and not recorded(cuts) and not cuts.any():
-            cuts = None
-        if padding == RUNS and (cuts is not None or device.type != "cpu"):
+            found.append(self.cuts.to(device))
+        if self.sample_ids is not None:
+            found.append(cuts_from_samples(self.sample_ids.to(device)))
+        if position_ids is not None:
+            found.append(cuts_from_positions(position_ids.to(device).reshape(-1, position_ids.shape[-1]), real))
+        if device.type == "cpu" and not torch.compiler.is_compiling():  # where looking is free
+            found = [cuts for cuts in found if cuts.any()]
+        if padding == RUNS and (found or device.type != "cpu"):
             # padding is a segment of its own, which nobody else sees and the fast kernels serve
-            around = cuts_around_padding(real)
-            return cu_seqlens_from_cuts(around if cuts is None else cuts | around, batch), False
-        if cuts is None:
+            found.append(cuts_around_padding(real))
+            padding = NO_PADDING
+        if not found:
             return None, False
-        return cu_seqlens_from_cuts(cuts, batch), padding != NO_PADDING
+        return cu_seqlens_from_cuts(functools.reduce(torch.logical_or, found), batch), padding != NO_PADDING
+
+    __hash__ = object.__hash__  # == is a tensor operation, as for tensors
 
     @property
     def dense(self) -> Tensor:
@@ -289,7 +292,24 @@ def _forwarded(name: str):
     return lambda self, *args: getattr(self.dense, name)(*args)
 
 
-for _name in ("add", "radd", "sub", "rsub", "mul", "rmul", "and", "or", "invert", "neg", "lt", "le", "gt", "ge"):
+for _name in (
+    "add",
+    "radd",
+    "sub",
+    "rsub",
+    "mul",
+    "rmul",
+    "and",
+    "or",
+    "invert",
+    "neg",
+    "eq",
+    "ne",
+    "lt",
+    "le",
+    "gt",
+    "ge",
+):
     setattr(ForwardMask, f"__{_name}__", _forwarded(f"__{_name}__"))
 
 

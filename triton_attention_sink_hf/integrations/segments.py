@@ -52,12 +52,11 @@ def cu_seqlens_from_cuts(cuts: Tensor, batch: int) -> Tensor:
     first = torch.arange(seqlen, device=cuts.device) == 0
     starts = (cuts | first).expand(batch, seqlen).reshape(-1)
     row = torch.arange(batch * seqlen, device=cuts.device)
-    number = starts.cumsum(0) - 1  # of the segment
-    # rows that start nothing all write the total behind the last entry; sizes as tensors do not become constants
-    total = row[-1:] + 1
-    entry = torch.where(starts, number, total)
+    total = row[-1:] + 1  # as a tensor: as a number it would become a constant of a graph
+    # the n-th start goes to entry n - 1; rows that start nothing all write the total into the last entry
+    entry = torch.where(starts, starts.cumsum(0) - 1, total)
     start = torch.where(starts, row, total)
-    return torch.cat([row, total]).mul(0).add(total).scatter(0, entry, start).to(torch.int32)
+    return total.expand(row.shape[0] + 1).scatter(0, entry, start).to(torch.int32)
 
 
 def _last_real(real: Tensor) -> tuple[Tensor, Tensor]:
