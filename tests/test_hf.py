@@ -264,7 +264,8 @@ def test_a_decoder_that_does_not_say_that_it_is_causal(padding):
         torch.manual_seed(0)
         config = transformers.BigBirdPegasusConfig(
             vocab_size=VOCAB, d_model=64, decoder_layers=2, decoder_ffn_dim=32, decoder_attention_heads=4,
-            pad_token_id=0, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False, dropout=0.0, attention_dropout=0.0,
+            pad_token_id=0, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False, dropout=0.0,
+            attention_dropout=0.0,
         )  # fmt: skip
         config._attn_implementation = implementation
         pair.append(transformers.BigBirdPegasusForCausalLM(config).eval())
