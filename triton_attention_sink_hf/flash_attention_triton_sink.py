@@ -45,8 +45,8 @@ __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 IGNORED_KEYWORDS = {
     # of models
     "cache_params", "cache_position", "image_sizes", "input_ids", "inputs_embeds", "is_first_iteration", "layer_idx",
-    "logits_to_keep", "mm_token_type_ids", "num_logits_to_keep", "output_hidden_states", "output_router_logits", "past_key_value",
-    "past_key_values", "position_embeddings", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+    "logits_to_keep", "mm_token_type_ids", "num_logits_to_keep", "output_hidden_states", "output_router_logits",
+    "past_key_value", "past_key_values", "position_embeddings", "return_dict", "seq_idx", "token_type_ids", "use_cache",
     # of losses: transformers', Liger's, TRL's and verl's
     "accum_dtype", "accumulation_steps", "calculate_entropy", "calculate_log_probs", "ce_weight", "chunk_mem_const",
     "final_logit_softcapping", "ignore_index", "label_smoothing", "labels", "loss_reduction", "loss_weights",
