@@ -25,6 +25,7 @@ from .launch import call_constants, row_blocks, section_of_heads, table_slots, t
 from .schedule import block_range, interval, own_blocks, persistent_item, tile_count, work_item
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
+LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # of fp32
 
 
 @gluon.jit
@@ -294,12 +295,14 @@ def _consumer(
         )  # fmt: skip
         c += 1
 
-        # the sink joins last, in natural units, so that a row that it dominates has lse = sink exactly
-        top = m * LN2
+        # The sink joins last, in natural units, so that a row that it dominates has lse = sink exactly. So has a row
+        # that has seen no key, where it may be below what NOTHING stands for.
+        seen = l > 0.0
+        top = gl.where(seen, m * LN2, LOWEST)
         if HAS_SINK:
             sink = gl.load(sink_ptr + head).to(gl.float32)
             top = gl.maximum(top, sink)
-        keys = gl.exp2(m - top * LOG2E)
+        keys = gl.where(seen, gl.exp2(m - top * LOG2E), 0.0)
         l = l * keys
         if HAS_SINK:
             l += gl.exp2((sink - top) * LOG2E)
