@@ -284,7 +284,7 @@ def _hopper_bwd_kernel(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if is_surplus(table_ptr, heads):
             return
     dtype: gl.constexpr = q_desc.dtype

@@ -46,8 +46,9 @@ def work_item(
     j = r // section
     head = s * section + r - j * section
     if PACKED:
-        first = gl.load(table_ptr + 1 + j)
-        end = gl.load(table_ptr + 1 + slots + j)
+        real = j < tiles  # always; the choice spares the fused backward spills at D 128 (triton 3.6)
+        first = gl.where(real, gl.load(table_ptr + 1 + j), rows)
+        end = gl.where(real, gl.load(table_ptr + 1 + slots + j), rows)
     else:
         if LAST_FIRST:
             j = tiles - 1 - j
@@ -117,7 +118,7 @@ def key_tile(
 ):  # fmt: skip
     """The tile of keys of this program: (first key, end of keys, batch row, head, first query, blocks of STEP queries,
     Hkv, heads of its group)."""
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, _heads, section = sizes
     tiles = tile_count(table_ptr, tiles, PACKED)
     key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_k, section, TILE, False, PACKED)
     b = bh // heads_k
@@ -161,7 +162,7 @@ def hide(
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "slots"])
 def _tile_table_kernel(
     table_ptr, ranges_ptr, n_rows, slots, TILE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr
 ):  # fmt: skip

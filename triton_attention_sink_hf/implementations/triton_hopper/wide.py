@@ -24,7 +24,17 @@ from .backward import store_rows
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import block_range, hide, interval, is_surplus, key_tile, own_blocks, seeing_queries, tile_count, work_item
+from .schedule import (
+    block_range,
+    hide,
+    interval,
+    is_surplus,
+    key_tile,
+    own_blocks,
+    seeing_queries,
+    tile_count,
+    work_item,
+)
 from .statistics import ALIGN, new_statistics, prepare_launch, statistics_blocks
 
 BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
@@ -180,7 +190,7 @@ def _hopper_dkv_kernel(
     BLOCK: gl.constexpr, ALIGN: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if is_surplus(table_ptr, heads):
             return
     dtype: gl.constexpr = q_desc.dtype
@@ -239,11 +249,9 @@ def _dq_loader(
     BLOCK: gl.constexpr, QUERIES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section = sizes
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, _heads, section = sizes
     tiles = tile_count(table_ptr, tiles, PACKED)
-    first, end, bh = work_item(
-        gl.program_id(0), table_ptr, slots, tiles, seqlen_q, section, QUERIES, True, PACKED
-    )
+    first, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_q, section, QUERIES, True, PACKED)
     b = bh // heads_q
     head = bh - b * heads_q
     head_k = head // group
@@ -279,9 +287,7 @@ def _dq_consumer(
     dtype: gl.constexpr = q_smem.dtype
     scale = softmax_scale * LOG2E
     tiles = tile_count(table_ptr, tiles, PACKED)
-    first, end, bh = work_item(
-        gl.program_id(0), table_ptr, slots, tiles, seqlen_q, section, QUERIES, True, PACKED
-    )
+    first, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_q, section, QUERIES, True, PACKED)
     b = bh // heads_q
     start, n = block_range(
         first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, QUERIES, BLOCK, 1, HAS_LEFT, HAS_RIGHT, PACKED
@@ -346,7 +352,7 @@ def _hopper_dq_kernel(
     BLOCK: gl.constexpr, QUERIES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
-    if PACKED:
+    if PACKED:  # noqa: SIM102
         if is_surplus(table_ptr, heads):
             return
     dtype: gl.constexpr = q_desc.dtype
