@@ -128,6 +128,8 @@ def test_packed_rows_of_as_many_entries_as_tokens(mask, head_dim):
             for cu in (few, inputs.mask.cu_seqlens_q)
         }
         assert len(answers) == 1
+        if "triton_hopper" in implementations(case):
+            assert answers.pop().startswith("triton_hopper serves this call")
         for implementation in implementations(case):
             results = run(case, inputs, implementation)
             assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
