@@ -2,6 +2,7 @@
 
 import gc
 import random
+from dataclasses import replace
 
 import pytest
 import torch
@@ -101,6 +102,77 @@ def test_random_lengths(mask, head_dim):
         for implementation in implementations(case):
             results = run(case, inputs, implementation)
             assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, (192, 128), 256])
+@pytest.mark.parametrize("mask", ["causal", "bidirectional", "window"])
+def test_packed_rows_of_as_many_entries_as_tokens(mask, head_dim):
+    """What a Hugging Face row hands over: T + 1 entries, most of them empty segments. Short segments share tiles."""
+    pick = random.Random(f"{mask} {head_dim}")
+    features = {"causal": {}, "bidirectional": {"causal": False}, "window": {"window": (300, 0)}}[mask]
+    for seed, sizes in enumerate((((1, 41),), ((1, 41), (200, 1500)), ((1, 41), (1, 41), (1, 300), (200, 1500)))):
+        lengths = []
+        while sum(lengths) < 2500:
+            lengths.append(pick.randrange(*pick.choice(sizes)))
+        total = sum(lengths)
+        case = Case(
+            total, heads=(8, 2), head_dim=head_dim, dtype=BF16, dlse=seed == 1,
+            lengths_q=(*lengths, *(0,) * (total - len(lengths))), **features,
+        )  # fmt: skip
+        inputs = make_inputs(case, "cuda", seed)
+        few = cu_seqlens(tuple(lengths), "cuda")
+        assert inputs.mask.cu_seqlens_q.numel() == total + 1
+        same = replace(inputs, mask=replace(inputs.mask, cu_seqlens_q=few, cu_seqlens_k=few))
+        answers = {
+            str(explain(inputs.q[0], inputs.k[0], inputs.v[0], cu_seqlens_q=cu, cu_seqlens_k=cu))
+            for cu in (few, inputs.mask.cu_seqlens_q)
+        }
+        assert len(answers) == 1
+        if "triton_hopper" in implementations(case):
+            assert answers.pop().startswith("triton_hopper serves this call")
+        for implementation in implementations(case):
+            results = run(case, inputs, implementation)
+            assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
+            again = run(case, same, implementation)
+            for key, value in results.items():
+                if max(case.dims) > 128:
+                    assert torch.equal(value, again[key]), (implementation, key)
+                else:
+                    _assert_repeated(value, again[key], implementation, key)
+
+
+FAR_BELOW = (-1e9, -1e10, -1e30, torch.finfo(BF16).min, torch.finfo(FP32).min, float("-inf"), 0.0, 5.0)
+SINK_CASES = {
+    "window": Case(1100, head_dim=64, window=(127, 0)),
+    "window packed": Case(1100, head_dim=64, window=(127, 0), lengths_q=(700, 5, 395)),
+    "window dlse": Case(1100, head_dim=64, window=(127, 0), dlse=True),
+    **{f"full {d}": Case(500, head_dim=d, dlse=True) for d in (64, 128, (192, 128), 256)},
+    **{f"packed {d}": Case(500, head_dim=d, lengths_q=(3, 450, 20)) for d in (64, 128, (192, 128), 256)},
+    **{f"more queries {d}": Case(500, 300, head_dim=d, dlse=True) for d in (64, 128, (192, 128), 256)},
+}
+
+
+@pytest.mark.parametrize("sink_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SINK_CASES)
+def test_sinks_far_below(name, sink_dtype):
+    """As good as none, as people write "off": their gradient is 0. Rows that see no key have them as lse, exactly."""
+    case = replace(SINK_CASES[name], heads=(16, 2), dtype=BF16, sink_dtype=sink_dtype)
+    inputs = make_inputs(case, "cuda")
+    unseeing = ~inputs.mask.dense(case.seqlen_q, inputs.k.shape[1], inputs.k.device)[0].any(1)
+    sinks = torch.tensor(FAR_BELOW * 2, device="cuda").to(sink_dtype)
+    if bool(unseeing.any()):  # lse and sink of -inf: eager has no gradient there to compare with
+        sinks = sinks.clamp(min=torch.finfo(sink_dtype).min)
+    inputs = replace(inputs, sinks=sinks)
+    for implementation in implementations(case):
+        results = run(case, inputs, implementation)
+        assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
+        below = sinks < -1e8
+        for key in ("out", "dq", "dk", "dv", "dsink"):
+            assert bool(results[key].isfinite().all()), (implementation, key)
+        if not (case.dlse and unseeing.any()):
+            assert bool((results["dsink"][below] == 0.0).all()), (implementation, results["dsink"])
+        lse = results["lse"][0, :, unseeing]
+        assert torch.equal(lse, sinks.float()[:, None].expand_as(lse)), implementation
 
 
 @pytest.mark.parametrize("group", [4, 8, 16])

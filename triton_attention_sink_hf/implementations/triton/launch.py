@@ -81,13 +81,14 @@ class Problem:
 
     @property
     def ranges(self) -> Tensor | None:
-        """Packed rows: the intervals of visible keys per query, then of seeing queries per key; int32 (2 Tq + 2 Tk)."""
+        """Packed rows, int32 (4 Tq + 4 Tk): the interval of visible keys and the segment of every query, then the
+        interval of seeing queries and the segment of every key."""
         mask = self.call.mask
         if not mask.packed:
             return None
         seqlen_q, seqlen_k = self.seqlen_q, self.seqlen_k
         cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
-        ranges = cu_q.new_empty(2 * (seqlen_q + seqlen_k))
+        ranges = cu_q.new_empty(4 * (seqlen_q + seqlen_k))
         launch = _ranges_launch(cu_q.numel() - 1, seqlen_q, seqlen_k, mask.left, mask.right)
         launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
         return ranges
