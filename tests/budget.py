@@ -42,7 +42,7 @@ class Row:
 
     @property
     def allowed_at_random(self) -> float:
-        """For calls that nobody chose, whose outputs may be a handful of numbers: finds wrong kernels, no inexact ones."""
+        """For calls that nobody chose, whose outputs may be few numbers: finds wrong kernels, not inexact ones."""
         return 10 * self.eager_error + self.rounding + 2**-21 * self.size
 
     def __str__(self) -> str:
