@@ -6,7 +6,6 @@ import contextlib
 import gc
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..processes import module_command
 from .cases import Case
 from .oracle import errors, oracles
 from .peers import GRADIENTS, PEERS, Runner, Unsupported
@@ -166,7 +166,7 @@ def compile_all(
     cases: list[Case], names: list[str], extra_path: list[Path], processes: int, log: Callable[[str], None]
 ) -> None:
     """``run_once`` for every case and implementation, each in a process of its own, ``processes`` at a time."""
-    command = [sys.executable, "-m", "triton_attention_sink_hf.cli", "bench", "--compile-only"]
+    command = module_command("cli", "bench", "--compile-only")
     for path in extra_path:
         command += ["--extra-path", str(path)]
 
