@@ -2,7 +2,11 @@
 
 import gc
 import random
+import traceback
+import warnings
+from contextlib import contextmanager
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -279,6 +283,98 @@ def test_no_host_synchronisation(implementation):
         torch.cuda.set_sync_debug_mode("default")
     for name, value in results.items():
         _assert_repeated(value, expected[name], implementation, name)
+
+
+@contextmanager
+def synchronisations():
+    """The Python stacks of what waits for the device inside, a list that fills up."""
+    stacks = []
+
+    def seen(message, *_args, **_kwargs):
+        if "synchronizing CUDA operation" in str(message):
+            stacks.append(traceback.extract_stack())
+
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = seen
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield stacks
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module", params=["gpt_oss", "llama"])
+def deep_model(request):
+    """A tiny model of 24 layers, bf16."""
+    transformers = pytest.importorskip("transformers")
+    size = dict(
+        vocab_size=97, hidden_size=128, intermediate_size=64, num_hidden_layers=24, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, pad_token_id=0, attn_implementation="triton_attention_sink",
+    )  # fmt: skip
+    if request.param == "gpt_oss":
+        config = transformers.GptOssConfig(num_local_experts=2, num_experts_per_tok=2, sliding_window=128, **size)
+    else:
+        config = transformers.LlamaConfig(**size)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=BF16).to("cuda").train()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("row", ["unpacked", "one sample", "packed", "padded", "not padded"])
+def test_layers_never_wait_for_the_device(deep_model, row, backward):
+    """And the mask function waits once a forward at most; what transformers itself waits for is not ours."""
+    S = 640
+
+    def inputs():
+        found = {"input_ids": torch.randint(3, 90, (2, S) if "padded" in row else (1, S), device="cuda")}
+        if row in ("one sample", "packed"):
+            lengths = (S,) if row == "one sample" else (200, 1, 300, 139)
+            found["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].to("cuda")
+        if "padded" in row:
+            found["attention_mask"] = torch.ones(2, S, dtype=torch.long, device="cuda")
+            found["attention_mask"][0, : 100 if row == "padded" else 0] = 0
+        return found
+
+    def step(inputs):
+        loss = deep_model(**inputs, use_cache=False).logits.float().square().mean()
+        if backward:
+            loss.backward()
+
+    step(inputs())  # compiles
+    batch = inputs()
+    with synchronisations() as stacks:
+        step(batch)
+    package = str(Path(explain.__code__.co_filename).parent)
+    ours = [stack for stack in stacks if any(frame.filename.startswith(package) for frame in stack)]
+    in_mask = [stack for stack in ours if any(frame.name == "attention_mask" for frame in stack)]
+    in_layers = [stack for stack in ours if stack not in in_mask]
+    assert not in_layers, "".join(in_layers[0].format())
+    assert len(in_mask) <= 1, "".join(in_mask[-1].format())
+
+
+def test_what_waits_for_the_device_is_seen():
+    """The counting itself: forward, in a function of ours, and in the backward's thread."""
+
+    class Waits(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dout):
+            dout.sum().item()
+            return dout * 2
+
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    with synchronisations() as stacks:
+        y = Waits.apply(x).sum()
+        assert not stacks
+        y.item()
+        assert len(stacks) == 1
+        y.backward()
+    assert len(stacks) == 2 and any(frame.name == "backward" for frame in stacks[1])
 
 
 @pytest.mark.parametrize("implementation", ["triton", "triton_window", "triton_hopper"])
