@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
-from torch.autograd.function import once_differentiable
 
 from .call import Call, traced
 from .implementations import load
@@ -157,7 +156,28 @@ def _backward_with(gradients, n_inputs, ctx, dout, dlse):
     )
 
 
+def _refuse_second_derivative(ctx, *_):
+    raise NotImplementedError(
+        "attention_sink's Triton kernels have no second derivative, which was asked for (a gradient penalty, a "
+        "Hessian-vector product, create_graph=True): implementation='reference' has it"
+    )
+
+
 attention_forward.register_autograd(partial(_backward_with, attention_backward, 14), setup_context=_save_for_backward)
+
+
+attention_backward.register_autograd(_refuse_second_derivative)
+
+
+class _Gradients(torch.autograd.Function):
+    """``_gradients`` under create_graph=True: they hang on all that they depend on, so whoever differentiates them
+    along any path meets the refusal."""
+
+    @staticmethod
+    def forward(ctx, *arguments):
+        return _gradients(*arguments)
+
+    backward = staticmethod(_refuse_second_derivative)
 
 
 class _Attention(torch.autograd.Function):
@@ -175,9 +195,8 @@ class _Attention(torch.autograd.Function):
         return output
 
     @staticmethod
-    @once_differentiable
     def backward(ctx, dout, dlse):
-        return _backward_with(_gradients, 6, ctx, dout, dlse)
+        return _backward_with(_Gradients.apply if torch.is_grad_enabled() else _gradients, 6, ctx, dout, dlse)
 
 
 # what Function.apply calls when it has found neither a functorch transform nor a tensor that has left one
