@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
@@ -61,7 +62,7 @@ def attention_sink(
     Args:
         q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
         k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
-        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: multiples of 8 from 16 to 256.
+        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: any from 1 to 256; multiples of 8 from 16 are fast.
         sinks: (Hq,), any floating dtype; None = no sink.
         causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.
         window_size: (left, right) keys beside the query's position, -1 = unlimited.
@@ -89,6 +90,8 @@ def attention_sink(
     )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
+        if implementation == "auto" and q.device.type not in ("cpu", "meta"):
+            _warn_of_reference(q.device.type, unsupported_reason(KERNELS[-1], call))
         out, lse = reference_attention(
             call.q, call.k, call.v, sinks, call.mask, softmax_scale=call.softmax_scale, softcap=call.softcap
         )
@@ -183,6 +186,25 @@ def _choose(call: Call, implementation: str) -> str:
     if name is None:
         name = call.layout.implementations[implementation] = _find(call, implementation)
     return name
+
+
+_WARNED = set()
+
+
+def _warn_of_reference(device: str, reason: str) -> None:
+    """Once for each reason."""
+    if (device, reason) in _WARNED:
+        return
+    _WARNED.add((device, reason))
+    warnings.warn(
+        f"no kernel of attention_sink serves a call on {device}: {reason}. The reference does, whose memory and time grow "
+        "with Sq * Sk. implementation='triton' makes this an error; explain(...) says why for every implementation",
+        stacklevel=3,
+    )
+
+
+# what torch.compiler.assume_constant_result does: tracing says it too. Not by that, which imports torch._dynamo.
+_warn_of_reference._dynamo_marked_constant = True
 
 
 def _find(call: Call, implementation: str) -> str:

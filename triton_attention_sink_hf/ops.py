@@ -25,24 +25,31 @@ def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     without the host time of the operator's wrappers.
     """
     q, k, v, mask = call.q, call.k, call.v, call.mask
-    if call.layout is None and traced(q, k, v):
-        return attention_forward(
-            q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-            mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
+    if call.layout is None:
+        tensors = (
+            q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k
         )  # fmt: skip
+        if traced(*tensors):
+            return attention_forward(
+                *tensors, mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation
+            )
+    if _are_functorch_transforms_active():
+        raise NotImplementedError(
+            "attention_sink was called inside a transform of functorch (torch.func.grad, vmap, jvp, ...), which its "
+            "Triton kernels do not take part in: use torch.autograd.grad, a loop, or implementation='reference'"
+        )
     if _differentiated(call):
-        apply = _Attention.apply
-        if call.layout is not None and not _are_functorch_transforms_active():
-            apply = _Attention.apply_untransformed
+        # tensors that have left a transform need what apply does about them
+        apply = _Attention.apply if call.layout is None else _Attention.apply_untransformed
         return apply(q, k, v, call.sinks, call, implementation)
     return _run_forward(call, implementation)
 
 
 def _differentiated(call: Call) -> bool:
-    """Whether the call must be an autograd.Function: for a graph, or to refuse forward mode and functorch."""
+    """Whether the call must be an autograd.Function: for a graph, or to refuse forward mode."""
     q, k, v, sinks = call.q, call.k, call.v, call.sinks
     needed = q.requires_grad or k.requires_grad or v.requires_grad or (sinks is not None and sinks.requires_grad)
-    return (needed and torch.is_grad_enabled()) or forward_ad._current_level >= 0 or _are_functorch_transforms_active()
+    return (needed and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
 def _forward(
@@ -197,6 +204,12 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, dout, dlse):
         return _backward_with(_Gradients.apply if torch.is_grad_enabled() else _gradients, 6, ctx, dout, dlse)
+
+    @staticmethod
+    def jvp(ctx, *_):
+        raise NotImplementedError(
+            "attention_sink's Triton kernels have no forward-mode derivative: implementation='reference' has it"
+        )
 
 
 # what Function.apply calls when it has found neither a functorch transform nor a tensor that has left one

@@ -68,11 +68,11 @@ class Problem:
 
     @property
     def block_d(self) -> int:
-        return next_power_of_2(self.call.q.shape[-1])
+        return padded(self.call.q.shape[-1])
 
     @property
     def block_dv(self) -> int:
-        return next_power_of_2(self.call.v.shape[-1])
+        return padded(self.call.v.shape[-1])
 
     @property
     def target(self) -> str:
@@ -206,7 +206,7 @@ def addressable(x: Tensor) -> bool:
 
 def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int) -> Blocks:
     """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    block_shape = [1, tokens, heads, next_power_of_2(shape[-1])]
+    block_shape = [1, tokens, heads, padded(shape[-1])]
     return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
@@ -216,6 +216,11 @@ def ceil_div(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def padded(d: int) -> int:
+    """Columns of a tile for head dimension d; a matrix product needs 16."""
+    return max(next_power_of_2(d), 16)
 
 
 @functools.lru_cache
