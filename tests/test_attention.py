@@ -322,6 +322,24 @@ def test_inputs_inside_larger_buffers(kind):
         assert torch.equal(buffer.nan_to_num(7.0), before.nan_to_num(7.0))
 
 
+@pytest.mark.parametrize("dims", [(1, 1), (4, 4), (8, 8), (12, 5), (17, 3), (36, 100), (7, 130), (255, 1)], ids=str)
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(20, dtype=FP16),
+        Case(20, dlse=True, lengths_q=(5, 0, 12)),
+        Case(20, batch=2, padding="left", softcap=5.0, dtype=FP16),
+        Case(20, batch=2, window=(5, 0), layout="bhsd"),
+        Case(20, layout="sliced", dtype=FP16),
+    ],
+    ids=["plain", "packed", "padding softcap", "window", "sliced"],
+)
+def test_any_head_dimension(case, dims):
+    case = replace(case, head_dim=dims)
+    inputs = make_inputs(case)
+    assert_within_budget(case, inputs, run(case, inputs), tiny=True)
+
+
 UNLIMITED = {
     "dense": Case(40, causal=False),
     "causal": Case(40),

@@ -63,7 +63,9 @@ def test_windows_in_every_form(function, window_size):
     assert not torch.equal(function(q, k, v, s_aux=SINKS, **arguments), want)
 
 
-@pytest.mark.parametrize("window_size", [128, None, (1, 2, 3), torch.tensor([1.0, 2.0]), numpy.array(3), (1.5, 0)], ids=str)
+@pytest.mark.parametrize(
+    "window_size", [128, None, (1, 2, 3), torch.tensor([1.0, 2.0]), numpy.array(3), (1.5, 0)], ids=str
+)
 def test_windows_that_are_no_pair_of_ints(window_size):
     with pytest.raises(TypeError, match="window_size must be a pair"):
         flash_attn_func(*inputs(), window_size=window_size)

@@ -68,6 +68,7 @@ def _forward(
     deterministic: bool,
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
+    _no_dual_level()
     mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
     return _run_forward(Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic), implementation)
 
@@ -84,7 +85,20 @@ attention_forward = torch.library.custom_op("triton_attention_sink::attention_fo
 
 @attention_forward.register_fake
 def _(q, k, v, *_):
+    _no_dual_level()
     return _empty_outputs(q, v)
+
+
+def _no_dual_level() -> None:
+    """torch.library's operators drop the tangents of forward mode in silence."""
+    if forward_ad._current_level >= 0:
+        _refuse_forward_mode()
+
+
+def _refuse_forward_mode(*_):
+    raise NotImplementedError(
+        "attention_sink's Triton kernels have no forward-mode derivative: implementation='reference' has it"
+    )
 
 
 def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
@@ -205,11 +219,7 @@ class _Attention(torch.autograd.Function):
     def backward(ctx, dout, dlse):
         return _backward_with(_Gradients.apply if torch.is_grad_enabled() else _gradients, 6, ctx, dout, dlse)
 
-    @staticmethod
-    def jvp(ctx, *_):
-        raise NotImplementedError(
-            "attention_sink's Triton kernels have no forward-mode derivative: implementation='reference' has it"
-        )
+    jvp = staticmethod(_refuse_forward_mode)
 
 
 # what Function.apply calls when it has found neither a functorch transform nor a tensor that has left one
