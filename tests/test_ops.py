@@ -8,7 +8,7 @@ import torch
 from cases import Case, call, make_inputs, run
 from torch.utils.checkpoint import checkpoint
 
-from triton_attention_sink_hf import attention_sink, explain
+from triton_attention_sink_hf import attention_sink, explain, implementations, interface, ops
 from triton_attention_sink_hf.ops import attention_backward, attention_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore::UserWarning")
@@ -117,6 +117,50 @@ def test_compile_with_dynamic_shapes():
         arguments = (*(x[0] for x in (inputs.q, inputs.k, inputs.v)), inputs.sinks, inputs.mask.cu_seqlens_q)
         torch.testing.assert_close(compiled(*arguments), function(*arguments))
     assert len(graphs) == 1, "another length must not trace again"
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_graphs_know_no_thresholds(packed, monkeypatch):
+    """Which kernel is the fastest for a length is decided when the length is there: one graph for all."""
+    torch.compiler.reset()
+    graphs, taken = [], []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def reason(name, call, automatic=False):
+        if name == "triton_window" and call.q.shape[1] < 20:
+            return "shorter than 20"
+        if name == "triton_hopper":
+            return "not here" if call.q.shape[1] % 2 else "not there"
+        return None
+
+    def load(name):
+        taken.append(name)
+        return real_load(name)
+
+    real_load = implementations.load
+    for module in (implementations, interface):
+        monkeypatch.setattr(module, "unsupported_reason", reason)
+    monkeypatch.setattr(ops, "load", load)
+
+    def function(q, k, v, sinks, cu):
+        return attention_sink(q, k, v, sinks, window_size=(5, 0), cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for n in (18, 22, 33, 19):
+        inputs = make_inputs(
+            Case(n, batch=1 if packed else 3, dtype=torch.float16, lengths_q=(4, 0, n - 4) if packed else None)
+        )
+        arguments = [x[0] if packed else x for x in (inputs.q, inputs.k, inputs.v)]
+        arguments = [x.requires_grad_() for x in (*arguments, inputs.sinks)]
+        got, want = compiled(*arguments, inputs.mask.cu_seqlens_q), function(*arguments, inputs.mask.cu_seqlens_q)
+        assert torch.equal(got, want)
+        for a, b in zip(*(torch.autograd.grad(x.sum(), arguments) for x in (got, want)), strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) == 1
+    assert taken == [name for n in (18, 22, 33, 19) for name in ["triton" if n < 20 else "triton_window"] * 4]
 
 
 @pytest.mark.parametrize("use_reentrant", [False, True])
@@ -334,7 +378,7 @@ def test_functorch():
     want = attention_sink(q, k, v, sinks, implementation="reference")
     assert torch.equal(attention_sink(left[0], k, v, sinks, implementation="reference"), want)
     for q in (q, q.detach()):  # noqa: B020
-        with pytest.raises(NotImplementedError, match="functorch.*implementation='reference'"):
+        with pytest.raises(NotImplementedError, match=r"functorch.*implementation='reference'"):
             torch.func.grad(lambda x, q=q: (attention_sink(q, k, v, sinks, implementation="triton") * x).sum())(
                 torch.ones(())
             )
@@ -361,7 +405,7 @@ def test_transforms_say_what_to_do(transform):
     """The kernels name the transforms and the way out, which then works."""
     inputs = make_inputs(Case(4, heads=(1, 1), head_dim=16))
     others = inputs.k, inputs.v, inputs.sinks
-    with pytest.raises(NotImplementedError, match="torch.func.*implementation='reference'|forward-mode"):
+    with pytest.raises(NotImplementedError, match=r"torch\.func.*implementation='reference'|forward-mode"):
         transform(_loss("triton", *others))(inputs.q)
     if transform is not torch.func.linearize:
         transform(_loss("reference", *others))(inputs.q)
@@ -393,20 +437,19 @@ def test_auto_says_loudly_that_a_gpu_gets_the_reference(monkeypatch):
     """Once for each reason, also where torch.compile traces; on a CPU it is what everybody expects."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
-    from triton_attention_sink_hf import interface
-
     monkeypatch.setattr(interface, "_WARNED", set())
     monkeypatch.setattr(interface, "reference_attention", lambda q, k, v, *_, **__: (q, q))
 
     def reason(name, call, automatic=False):
-        return None if name == "reference" else f"{name} is for {why}"
+        return None if name == "reference" else f"{name} is for {for_whom[0]}"
 
-    monkeypatch.setattr(interface, "unsupported_reason", reason)
-    seen = []
+    for module in (implementations, interface):
+        monkeypatch.setattr(module, "unsupported_reason", reason)
+    seen, for_whom = [], [""]
     with warnings.catch_warnings(record=True) as caught, FakeTensorMode():
         warnings.simplefilter("always")
         for device in ("cuda", "cpu"):
-            for why in ("others", "others", "fewer"):
+            for for_whom[0] in ("others", "others", "fewer"):
                 q = torch.empty(1, 8, 2, 16, device=device)
                 attention_sink(q, q, q)
                 explain(q, q, q)

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, layout_of, traced
-from .implementations import KERNELS, REFERENCE, unsupported_reason
+from .implementations import KERNELS, REFERENCE, fastest, unsupported_reason
 from .masks import Mask
 from .reference import reference_attention
 from .validation import check_options, check_tensors, readable
@@ -128,7 +128,7 @@ def explain(
         max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
     )  # fmt: skip
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
-    return Explanation(_choose(call, "auto"), reasons)
+    return Explanation(fastest(call), reasons)
 
 
 def _prepare(
@@ -178,6 +178,7 @@ def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _choose(call: Call, implementation: str) -> str:
+    """A name; or "auto", where the operator is to choose among the kernels."""
     if not isinstance(implementation, str):
         raise TypeError(f"implementation must be a str, got {implementation!r}")
     if call.layout is None:
@@ -197,8 +198,8 @@ def _warn_of_reference(device: str, reason: str) -> None:
         return
     _WARNED.add((device, reason))
     warnings.warn(
-        f"no kernel of attention_sink serves a call on {device}: {reason}. The reference does, whose memory and time grow "
-        "with Sq * Sk. implementation='triton' makes this an error; explain(...) says why for every implementation",
+        f"no kernel of attention_sink serves a call on {device}: {reason}. The reference does, whose memory and time "
+        "grow with Sq * Sk. implementation='triton' makes this an error; explain(...) gives every kernel's reason",
         stacklevel=3,
     )
 
@@ -210,7 +211,10 @@ _warn_of_reference._dynamo_marked_constant = True
 def _find(call: Call, implementation: str) -> str:
     names = (*KERNELS, REFERENCE)
     if implementation == "auto":
-        return next(name for name in names if unsupported_reason(name, call, automatic=True) is None)
+        if call.layout is not None:
+            return fastest(call)
+        # Traced: the operator chooses, since sizes that are compared here would become guards, and more graphs.
+        return "auto" if unsupported_reason(KERNELS[-1], call, automatic=True) is None else REFERENCE
     if implementation not in names:
         raise ValueError(f"implementation must be one of {('auto', *names)}, got {implementation!r}")
     reason = unsupported_reason(implementation, call)

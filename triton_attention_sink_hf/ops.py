@@ -7,14 +7,15 @@ checkpointing, opcheck and FSDP2 see ordinary differentiable operators.
 from __future__ import annotations
 
 from functools import partial
+from types import ModuleType
 
 import torch
 from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
-from .call import Call, traced
-from .implementations import load
+from .call import Call, layout_of, traced
+from .implementations import fastest, load
 from .masks import Mask
 
 
@@ -69,15 +70,31 @@ def _forward(
     implementation: str,
 ) -> tuple[Tensor, Tensor]:
     _no_dual_level()
-    mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    return _run_forward(Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic), implementation)
+    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    return _run_forward(_call(tensors, left, right, softmax_scale, softcap, deterministic), implementation)
+
+
+def _call(tensors: tuple[Tensor | None, ...], left, right, softmax_scale, softcap, deterministic) -> Call:
+    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *_ = tensors
+    layout = layout_of(tensors, left, right, softmax_scale, softcap, deterministic, cu_seqlens_q is cu_seqlens_k)
+    return Call(q, k, v, sinks, Mask(left, right, *tensors[4:]), softmax_scale, softcap, deterministic, layout)
 
 
 def _run_forward(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(call.q, call.v)
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
-        load(implementation).run_forward(call, out, lse)
+        _backend(call, implementation).run_forward(call, out, lse)
     return out, lse
+
+
+def _backend(call: Call, implementation: str) -> ModuleType:
+    """ "auto" came from a call that was traced; another name is taken."""
+    if implementation != "auto":
+        return load(implementation)
+    known = {} if call.layout is None else call.layout.implementations
+    if "auto" not in known:
+        known["auto"] = fastest(call)
+    return load(known["auto"])
 
 
 attention_forward = torch.library.custom_op("triton_attention_sink::attention_forward", _forward, mutates_args=())
@@ -129,12 +146,12 @@ def _gradients(
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dsinks (Hq,) in their inputs' dtypes. Without ``need_dkv`` dk and dv are empty, as is dsinks
     without sinks."""
-    mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    call = Call(q, k, v, sinks, mask, softmax_scale, softcap, deterministic)
+    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    call = _call(tensors, left, right, softmax_scale, softcap, deterministic)
     dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks, need_dkv)
     dout = torch.zeros_like(out) if dout is None else dout
     with torch.cuda.device_of(q):
-        load(implementation).run_backward(
+        _backend(call, implementation).run_backward(
             call, out, lse, dout, dlse, dq, dk if need_dkv else None, dv if need_dkv else None,
             None if sinks is None else dsinks,
         )  # fmt: skip

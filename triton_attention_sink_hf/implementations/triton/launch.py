@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call, Layout, layout_of
+from ...call import Call, Layout
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -29,15 +29,7 @@ class Problem:
     def __init__(self, call: Call):
         self.call = call
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
-        self.layout = call.layout
-        if self.layout is None:
-            mask = call.mask
-            tensors = (
-                call.q, call.k, call.v, call.sinks,
-                mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-            )  # fmt: skip
-            options = (mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic)
-            self.layout = layout_of(tensors, *options) or Layout()
+        self.layout = call.layout or Layout()
 
     @property
     def batch(self) -> int:
