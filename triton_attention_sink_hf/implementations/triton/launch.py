@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call, Layout, layout_of
+from ...call import Call, Layout
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -29,15 +29,7 @@ class Problem:
     def __init__(self, call: Call):
         self.call = call
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
-        self.layout = call.layout
-        if self.layout is None:
-            mask = call.mask
-            tensors = (
-                call.q, call.k, call.v, call.sinks,
-                mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-            )  # fmt: skip
-            options = (mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic)
-            self.layout = layout_of(tensors, *options) or Layout()
+        self.layout = call.layout or Layout()
 
     @property
     def batch(self) -> int:
@@ -68,11 +60,11 @@ class Problem:
 
     @property
     def block_d(self) -> int:
-        return next_power_of_2(self.call.q.shape[-1])
+        return padded(self.call.q.shape[-1])
 
     @property
     def block_dv(self) -> int:
-        return next_power_of_2(self.call.v.shape[-1])
+        return padded(self.call.v.shape[-1])
 
     @property
     def target(self) -> str:
@@ -207,7 +199,7 @@ def addressable(x: Tensor) -> bool:
 
 def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int) -> Blocks:
     """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    block_shape = [1, tokens, heads, next_power_of_2(shape[-1])]
+    block_shape = [1, tokens, heads, padded(shape[-1])]
     return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
@@ -217,6 +209,11 @@ def ceil_div(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def padded(d: int) -> int:
+    """Columns of a tile for head dimension d; a matrix product needs 16."""
+    return max(next_power_of_2(d), 16)
 
 
 @functools.lru_cache
