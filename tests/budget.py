@@ -29,7 +29,7 @@ from triton_attention_sink_hf.reference import reference_attention
 FACTOR = 1.5
 # Within a head errors are not independent (all rows share the rounding of one sink), so a head may be unlucky.
 HEAD_FACTOR = 6.0
-DRAWS, DEVIATIONS = 8, 6.0
+DRAWS, DEVIATIONS = 16, 6.0
 HEAD_AXIS = {"out": 2, "lse": 1, "dq": 2, "dk": 2, "dv": 2, "dsink": 0}
 
 
