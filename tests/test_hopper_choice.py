@@ -63,6 +63,14 @@ def test_what_it_does_not_serve(hopper_card, changes, reason):
     assert reason in triton_hopper.supports(_call(**changes))
 
 
+@pytest.mark.parametrize("dims", [(36, 64), (64, 36), (100, 100), (33, 33)], ids=str)
+def test_head_dimensions_that_are_no_multiple_of_8(hopper_card, dims):
+    """Also where q, k and v are parts of wider rows, which could be addressed: out and the gradients are not."""
+    call = _call()
+    q, k, v = (torch.zeros(1, 512, 4, 128, dtype=BF16)[..., :size] for size in (dims[0], *dims))
+    assert "multiples of 8" in triton_hopper.supports(replace(call, q=q, k=k, v=v))
+
+
 def test_memory_that_the_copy_engine_cannot_address(hopper_card):
     call = _call()
     wide = torch.zeros(1, 512, 4, 65, dtype=BF16)

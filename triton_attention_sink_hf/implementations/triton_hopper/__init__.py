@@ -37,11 +37,11 @@ def supports(call: Call) -> str | None:
         return f"the Hopper kernels take bfloat16 or float16, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) <= 32:
         return "the Hopper kernels take head dimensions above 32"
-    if q.shape[-1] % 8 or v.shape[-1] % 8:  # out and the gradients go by the copy engine too
-        return "the Hopper kernels take head dimensions that are multiples of 8"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
+    if q.shape[-1] % 8 or v.shape[-1] % 8:  # out and the gradients go by the copy engine too
+        return "the Hopper kernels take head dimensions that are multiples of 8"
     return portable.supports(call)
 
 
