@@ -122,8 +122,11 @@ def _row(name: str, head: int | None, size: Tensor, error: Tensor, draws: Tensor
 
 
 def _base(draw: int) -> float:
-    """Of a draw's exponents, in powers of e, and the factor on what it rounds: 1, then any between 1 and 2."""
-    return 2.0 ** (draw * 0.6180339887 % 1.0)
+    """Of a draw's exponents, in powers of e, and the factor on what it rounds: 1, then any between 1/2 and 1.
+
+    None above 1, by which the lowest sinks of a dtype would overflow.
+    """
+    return 2.0 ** -(draw * 0.6180339887 % 1.0)
 
 
 def _round(x: Tensor, dtype: torch.dtype, factor: float) -> Tensor:

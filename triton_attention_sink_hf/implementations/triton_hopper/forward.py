@@ -130,6 +130,15 @@ def _softmax(
 
 
 @gluon.jit
+def _hide_left(s, lo, n0, edge, BLOCK_N: gl.constexpr, col_layout: gl.constexpr):
+    """Scores of keys from n0 on, -inf before each row's ``lo``; blocks from ``edge`` on have no such keys."""
+    if edge > 0:
+        j = n0 + gl.arange(0, BLOCK_N, layout=col_layout)
+        s = gl.where(j[None, :] >= lo[:, None], s, float("-inf"))
+    return s
+
+
+@gluon.jit
 def _step(
     s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w: gl.constexpr,
     MASKED: gl.constexpr, HAS_LO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
@@ -205,7 +214,7 @@ def _consumer(
     ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, slots, tiles, heads, section = sizes
     TILE: gl.constexpr = 64 * CONSUMERS
     SKIPS: gl.constexpr = BLOCK_DV <= 128  # beyond, it takes registers that are not there
-    HAS_LO: gl.constexpr = HAS_LEFT or PACKED  # short segments share a tile
+    SHARED: gl.constexpr = PACKED and not HAS_LEFT  # by short segments, whose rows do not see all from the left on
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -258,8 +267,13 @@ def _consumer(
         # blocks own - 1 to 1, descending; block 0 follows below
         right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
         middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
+        if SHARED:  # all of its few blocks are masked
+            right_edge = gl.where(edge > 0, own - 1, right_edge)
+            middle = gl.where(edge > 0, own - 1, middle)
         q = _queries(buffer, q_smem, BLOCK_D)
-        for _ in range(0, right_edge):  # not before ``edge``: every row sees their first key
+        for _ in range(0, right_edge):
+            if SHARED:
+                s = _hide_left(s, lo, n0, edge, BLOCK_N, col_layout)
             s, acc, m, l = _step(
                 s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, False,
                 BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
@@ -269,16 +283,16 @@ def _consumer(
         q = _queries(buffer, q_smem, BLOCK_D)
         for _ in range(right_edge, middle):
             s, acc, m, l = _step(
-                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, HAS_LO,
+                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, False,
                 BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
             )  # fmt: skip
             c += 1
             n0 -= BLOCK_N
-        if HAS_LO:
+        if HAS_LEFT:
             q = _queries(buffer, q_smem, BLOCK_D)
             for _ in range(middle, own - 1):
                 s, acc, m, l = _step(
-                    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+                    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, True,
                     BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
                 )  # fmt: skip
                 c += 1
@@ -289,10 +303,8 @@ def _consumer(
         following = i % Q_BUFFERS * CONSUMERS + w
         mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
         q = _queries(following, q_smem, BLOCK_D)
-        if HAS_LO:  # noqa: SIM102 (the outer one is decided when compiling)
-            if edge > 0:
-                j = n0 + gl.arange(0, BLOCK_N, layout=col_layout)
-                s = gl.where(j[None, :] >= lo[:, None], s, float("-inf"))
+        if HAS_LEFT or SHARED:
+            s = _hide_left(s, lo, n0, edge, BLOCK_N, col_layout)
         s, acc, m, l = _step(
             s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, False,
             BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
