@@ -109,20 +109,35 @@ BERT = {"model_type": "bert", "vocab_size": VOCAB, "hidden_size": 64, "intermedi
 BERT_DECODER = {**BERT, "is_decoder": True, "add_cross_attention": True}
 ENCODER_DECODER = {"decoder": BERT_DECODER, "decoder_start_token_id": 2, "pad_token_id": 0}
 OVERRIDES: dict[str, dict] = {
-    "BltConfig": {},
-    "DbrxAttentionConfig": {"kv_n_heads": 2},
-    "Ernie4_5_VLMoeTextConfig": {"moe_intermediate_size": [32, 32], "rope_parameters": MROPE},
+    "BltConfig": {"encoder_hash_byte_group_vocab": VOCAB},
+    "BltLocalDecoderConfig": {"hidden_size_global": 64},
+    "BltLocalEncoderConfig": {"hidden_size_global": 64},
+    "DbrxConfig": {"attn_config": {"kv_n_heads": 2, "rope_theta": 1e4}, "ffn_config": {"hidden_size": 64, "ffn_hidden_size": 32}},
+    "Ernie4_5_VLMoeTextConfig": {
+        "moe_intermediate_size": [32, 32], "rope_parameters": {**MROPE, "mrope_section": [3, 3, 2]},
+    },
     "EvollaConfig": {"num_key_value_heads": 4},
     "FastVlmConfig": {"vision_config": CLIP},
-    "Gemma3nConfig": {"vision_config": CLIP},
     "Gemma3nTextConfig": {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
-        "activation_sparsity_pattern": [0.0] * 4,
+        "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [32] * 4,
+    },
+    "Granite4VisionConfig": {"text_config": {
+        "model_type": "granite4_vision_text", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32,
+        "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
+    }, "spatial_target_layers": [0, 0, 1, 1], "deepstack_layer_map": []},
+    "HrmTextConfig": {"H_cycles": 1, "L_cycles": 1},
+    "LongcatFlashConfig": {"head_dim": 8, "num_hidden_layers": 4},
+    "MoonshineConfig": {"encoder_num_key_value_heads": 4, "decoder_num_key_value_heads": 4},
+    "MoonshineStreamingConfig": {"num_key_value_heads": 4},
+    "NllbMoeConfig": {"encoder_sparse_step": 1, "decoder_sparse_step": 1},
+    "SwitchTransformersConfig": {"num_sparse_encoder_layers": 1, "num_sparse_decoder_layers": 1},
+    "ZambaConfig": {
+        "num_hidden_layers": 4, "layers_block_type": ["mamba", "hybrid"] * 2, "attention_head_dim": 32,
     },
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16},
-    "PerceptionLMConfig": {"vision_config": CLIP},
     "XmodConfig": {"default_language": "en_XX"},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 85}},
     "Emu3Config": {"vocabulary_map": {"<image>": 85}},
@@ -295,7 +310,13 @@ ENCODER_INPUTS: dict[str, object] = {
 
 
 # What decoders need beside tokens: input_ids -> keyword arguments
-EXTRA_INPUTS: dict[str, object] = {}
+EXTRA_INPUTS: dict[str, object] = {
+    "BlipForConditionalGeneration": lambda ids: {"pixel_values": torch.zeros(ids.shape[0], 3, 384, 384)},
+    "IdeficsForVisionText2Text": lambda ids: {
+        "pixel_values": torch.zeros(ids.shape[0], 1, 3, 224, 224), "image_attention_mask": torch.ones(*ids.shape, 1),
+    },
+}  # fmt: skip
+CODEBOOKS = {"MusicgenForCausalLM": 4, "MusicgenMelodyForCausalLM": 4}  # rows of tokens for each row of the batch
 
 
 class Inputs:
@@ -312,6 +333,7 @@ class Inputs:
 
     def __call__(self, ids, mask=None, position_ids=None):
         batch = ids.shape[0]
+        ids = ids.repeat_interleave(CODEBOOKS.get(type(self.model).__name__, 1), 0)
         kwargs = {"use_cache": False} if "use_cache" in self.names else {}
         if "return_dict" in self.names:
             kwargs["return_dict"] = True
@@ -347,10 +369,14 @@ def logits_of(output) -> torch.Tensor:
     return found
 
 
+def kept_of(logits, keep) -> torch.Tensor:
+    return logits[keep.repeat_interleave(logits.shape[0] // keep.shape[0], 0)]
+
+
 def evaluate(model, calls, gradients: bool = True):
     """(logits of the kept tokens, gradients by name) over calls of (keyword arguments, bool (B, S) of kept tokens)."""
     model.zero_grad()
-    flat = torch.cat([logits_of(model(**kwargs))[keep] for kwargs, keep in calls])
+    flat = torch.cat([kept_of(logits_of(model(**kwargs)), keep) for kwargs, keep in calls])
     grads = {}
     if gradients:
         (flat * torch.cos(torch.arange(flat.numel(), dtype=flat.dtype)).view(flat.shape)).sum().backward()
@@ -477,8 +503,7 @@ class Pair:
         if axes:
             packed[self.inputs.positions] = position_ids.expand(axes, -1, -1)
         verdict = self.compare(alone, [(packed, kept)])
-        packed[self.inputs.positions] = position_ids
-        return self.unless_eager_too(verdict, alone, packed, kept)
+        return self.unless_eager_too(verdict, position_ids, packed, kept)
 
     def packed(self) -> str:
         return self.pack(LENGTHS[:1])
@@ -492,13 +517,16 @@ class Pair:
     def packed_padded(self) -> str:
         return self.pack(LENGTHS, dropped=1)
 
-    def packed_mrope(self) -> str:
+    def packed_mrope(self, axes: int = 4) -> str:
         text = self.eager.config.get_text_config()
         if "mrope_section" not in (getattr(text, "rope_parameters", None) or {}):
             raise NotApplicable("no multimodal rotary embedding")
-        return self.pack(LENGTHS[:1], axes=3)
+        return self.pack(LENGTHS[:1], axes=axes)
 
-    def unless_eager_too(self, verdict: str, alone, packed, kept) -> str:
+    def packed_mrope3(self) -> str:
+        return self.packed_mrope(3)
+
+    def unless_eager_too(self, verdict: str, position_ids, packed, kept) -> str:
         """The verdict, unless what mixes the samples is not attention, or attention could not know better."""
         if not verdict.startswith("WRONG"):
             return verdict
@@ -507,7 +535,7 @@ class Pair:
         found = evaluate(self.ours, [(kwargs, kept)], gradients=False)
         if difference(found, evaluate(self.eager, [(kwargs, kept)], gradients=False)) < TOLERANCE and not Seen.cuts:
             return "n/a: own attention" if not Seen.calls else "n/a: neither the mask nor attention is told of the cuts"
-        segments = (kwargs[self.inputs.positions] == 0).cumsum(-1)
+        segments = (position_ids == 0).cumsum(-1)
         block = (segments[:, None, :, None] == segments[:, None, None, :]) & kept[:, None, None, :]
         if self.causal():
             block = block.tril()
@@ -569,8 +597,8 @@ class Pair:
 
 
 CASES = (
-    "plain", "packed", "packed_rows", "packed_cache", "packed_mrope", "right_padded", "left_padded", "packed_padded",
-    "generate", "generate_static", "checkpointed",
+    "plain", "packed", "packed_rows", "packed_cache", "packed_mrope", "packed_mrope3", "right_padded",
+    "left_padded", "packed_padded", "generate", "generate_static", "checkpointed",
 )  # fmt: skip
 
 
@@ -661,13 +689,13 @@ def run_class(name: str, timeout: float) -> dict[str, dict[str, str]]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--only", default="", help="part of the names of the classes to run")
+    parser.add_argument("--only", default="", help="parts of the names of the classes to run, by commas")
     parser.add_argument("--out", help="file for the table")
     parser.add_argument("--json", help="file for all verdicts")
     parser.add_argument("--timeout", type=float, default=240)
     parser.add_argument("--workers", type=int, default=2)
     arguments = parser.parse_args()
-    names = [name for name in classes() if arguments.only in name]
+    names = [name for name in classes() if any(part in name for part in arguments.only.split(","))]
     with ThreadPoolExecutor(arguments.workers) as pool:
         results = {}
         runs = {name: pool.submit(run_class, name, arguments.timeout) for name in names}
