@@ -169,7 +169,7 @@ def call(
         softcap=case.softcap,
         cu_seqlens_q=mask.cu_seqlens_q,
         cu_seqlens_k=mask.cu_seqlens_k,
-        key_padding_mask=mask.key_padding_mask,
+        key_padding_mask=mask.key_padding_mask.squeeze(0) if packed and case.padding else mask.key_padding_mask,
         seqused_k=mask.seqused_k,
         deterministic=deterministic,
         return_lse=True,

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounterWithBackend
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
@@ -25,6 +26,7 @@ COMMON = dict(
 )  # fmt: skip
 ALTERNATING = ["sliding_attention", "full_attention"]
 EXPERTS = dict(num_local_experts=3, num_experts_per_tok=2)
+NO_DROPOUT = ("attn_pdrop", "embd_pdrop", "resid_pdrop")
 # model -> (config class, model class, arguments, relative tolerance in fp64)
 MODELS = {
     "gpt_oss": ("GptOssConfig", "GptOssForCausalLM", dict(sliding_window=5, layer_types=ALTERNATING, **EXPERTS), 1e-10),
@@ -39,6 +41,12 @@ MODELS = {
         "MiMoV2FlashConfig", "MiMoV2FlashForCausalLM",
         dict(sliding_window=5, v_head_dim=24, n_routed_experts=3, num_experts_per_tok=2, moe_intermediate_size=32),
         1e-5,
+    ),
+    "ministral3": ("Ministral3Config", "Ministral3ForCausalLM", dict(sliding_window=None), 1e-6),
+    "persimmon": ("PersimmonConfig", "PersimmonForCausalLM", {}, 1e-6),
+    "gpt_bigcode": (
+        "GPTBigCodeConfig", "GPTBigCodeForCausalLM",
+        dict(n_embd=64, n_head=4, n_layer=2, n_inner=32, n_positions=64, **dict.fromkeys(NO_DROPOUT, 0.0)), 1e-6,
     ),
     "privacy_filter": (
         "OpenAIPrivacyFilterConfig", "OpenAIPrivacyFilterForTokenClassification",
@@ -132,7 +140,14 @@ def eager_per_sequence(model, x: torch.Tensor, rows) -> torch.Tensor:
 
 @pytest.mark.parametrize("checkpointing", [False, True], ids=["", "checkpointing"])
 @pytest.mark.parametrize("rows", [LENGTHS[:1], LENGTHS], ids=["one row", "two rows"])
-@pytest.mark.parametrize("name", ["gpt_oss", "mistral", "mimo_v2_flash", "privacy_filter"])
+@pytest.mark.parametrize(
+    "name",
+    # those in the second line tell their mask where rows are cut, and not their layers
+    [
+        *("gpt_oss", "mistral", "mimo_v2_flash", "privacy_filter"),
+        *("ministral3", "persimmon", "gpt_bigcode"),
+    ],
+)
 def test_packed_rows_equal_eager_on_each_sequence(name, rows, checkpointing):
     eager, ours, tolerance = make_pair(name)
     x = tokens(len(rows), 17)
@@ -148,12 +163,241 @@ def test_packed_rows_equal_eager_on_each_sequence(name, rows, checkpointing):
     assert_same_gradients(gradients(ours), gradients(eager), 10 * tolerance)
 
 
-def test_packed_rows_with_an_all_ones_mask():
-    """An all-ones mask says nothing, so packed rows are cut as without it; transformers' flash mask does the same."""
-    eager, ours, tolerance = make_pair("gpt_oss")
+SAMPLES = torch.repeat_interleave(torch.arange(1, 4), torch.tensor(LENGTHS[0]))[None]
+BESIDE_CUTS = {
+    "ones": (torch.ones(1, 17), (0, 0)),
+    "zeros at the end": (torch.ones(1, 17), (0, 3)),
+    "zeros at the start": (torch.ones(1, 17), (2, 0)),
+    "zeros on both sides": (torch.ones(1, 17), (2, 3)),
+    "sample numbers": (SAMPLES, (0, 0)),
+    "sample numbers and zeros": (SAMPLES, (1, 4)),
+}
+
+
+@pytest.mark.parametrize("compiled", [False, True], ids=["", "compiled"])
+@pytest.mark.parametrize("mask, zeros", BESIDE_CUTS.values(), ids=BESIDE_CUTS)
+@pytest.mark.parametrize("name", ["gpt_oss", "llama"])
+def test_packed_rows_beside_a_mask(name, mask, zeros, compiled):
+    """Cuts and padding are both honoured, whatever the padding's positions are; eager loses the cuts."""
+    if compiled and (name == "gpt_oss" or "numbers" in str(mask)):
+        pytest.skip("one model and one kind of mask are enough to compile")
+    torch._dynamo.reset()
+    eager, ours, _ = make_pair(name, torch.float32)
     x = tokens(1, 17)
-    found = ours(x, position_ids=packed_positions(LENGTHS[0])[None], attention_mask=torch.ones_like(x)).logits
-    assert_close(found, eager_per_sequence(eager, x, LENGTHS[:1]), tolerance, "logits")
+    expected = eager_per_sequence(eager, x, LENGTHS[:1])
+    (expected * weights(expected)).sum().backward()
+    model = torch.compile(ours, backend="eager", fullgraph=True) if compiled else ours
+    for filler in (0, 1):
+        row = torch.nn.functional.pad(x, zeros, value=5)
+        mask_row = torch.nn.functional.pad(mask, zeros).to(torch.int64)
+        positions = torch.nn.functional.pad(packed_positions(LENGTHS[0])[None], zeros, value=filler)
+        found = model(row, position_ids=positions, attention_mask=mask_row, use_cache=False).logits
+        found = found[:, zeros[0] : zeros[0] + 17]
+        assert_close(found, expected, 1e-5, "logits")
+    (found * weights(found)).sum().backward()
+    assert_same_gradients(gradients(ours), gradients(eager), 1e-4)
+
+
+def test_rows_packed_and_padded_differently_in_one_batch():
+    eager, ours, _ = make_pair("gpt_oss", torch.float32)
+    x, lengths = tokens(3, 12), ((5, 4), (10,), (3, 3, 6))
+    expected, positions, mask = [], [], []
+    for row, own in zip(x, lengths, strict=True):
+        free = 12 - sum(own)
+        expected.append(eager_per_sequence(eager, row[None, free:], (own,)))
+        positions.append(torch.nn.functional.pad(packed_positions(own), (free, 0), value=1))
+        mask.append(torch.arange(12) >= free)
+    found = ours(x, position_ids=torch.stack(positions), attention_mask=torch.stack(mask).long()).logits
+    for row, truth in zip(found, expected, strict=True):
+        assert_close(row[None, -truth.shape[1] :], truth, 1e-5, "logits")
+
+
+@pytest.mark.parametrize("name", ["gpt_oss", "llama"])
+def test_padding_between_the_tokens_of_a_sample(name):
+    """What nobody sees is hidden, and both sides of it still see each other."""
+    eager, ours, _ = make_pair(name, torch.float32)
+    x, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
+    mask[0, 4:6] = mask[1, 0] = mask[1, 9] = 0
+    for positions in (None, (mask.cumsum(1) - 1).clamp_min(0)):
+        expected, found = (m(x, attention_mask=mask, position_ids=positions).logits for m in (eager, ours))
+        assert_close(found[mask.bool()], expected[mask.bool()], 1e-5, "logits")
+
+
+REFILLS = {
+    "copy_": lambda buffer, new: buffer.copy_(new),
+    "data": lambda buffer, new: buffer.data.copy_(new),
+    "set data": lambda buffer, new: setattr(buffer, "data", new.clone()),
+    "numpy": lambda buffer, new: buffer.numpy().__setitem__(slice(None), new.numpy()),
+    "dlpack": lambda buffer, new: torch.from_dlpack(buffer).copy_(new),
+}
+
+
+@pytest.mark.parametrize("what", ["position_ids", "cu_seq_lens", "attention_mask"])
+@pytest.mark.parametrize("refill", REFILLS.values(), ids=REFILLS)
+def test_what_a_buffer_holds_at_each_forward_counts(refill, what):
+    eager, ours, tolerance = make_pair("gpt_oss")
+    x, buffer = tokens(1, 17), None
+    for lengths in ((5, 9, 3), (11, 4, 2)):
+        positions, cu = packed_positions(lengths)[None], torch.tensor([0, *lengths]).cumsum(0)
+        mask = (torch.arange(17)[None] < 17 - lengths[2]).long()
+        new = {"position_ids": positions, "cu_seq_lens": cu, "attention_mask": mask}[what]
+        if buffer is None:
+            buffer = new.clone()
+        else:
+            refill(buffer, new)
+        arguments = {"position_ids": buffer if what == "position_ids" else positions}
+        if what == "cu_seq_lens":
+            arguments |= dict(cu_seq_lens_q=buffer, cu_seq_lens_k=buffer, max_length_q=17, max_length_k=17)
+        if what == "attention_mask":
+            arguments |= dict(attention_mask=buffer)
+        real = mask.bool() if what == "attention_mask" else torch.ones(1, 17, dtype=torch.bool)
+        found = ours(x, use_cache=False, **arguments).logits
+        assert_close(found[real], eager_per_sequence(eager, x, (lengths,))[real], tolerance, "logits")
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4's BigBird-Pegasus calls no attention function")
+@pytest.mark.parametrize("padding", [False, True])
+def test_a_decoder_that_does_not_say_that_it_is_causal(padding):
+    """Its layers keep is_causal=False and leave causality to their mask."""
+    pair = []
+    for implementation in ("eager", NAME):
+        torch.manual_seed(0)
+        config = transformers.BigBirdPegasusConfig(
+            vocab_size=VOCAB, d_model=64, decoder_layers=2, decoder_ffn_dim=32, decoder_attention_heads=4,
+            pad_token_id=0, max_position_embeddings=64, is_decoder=True, is_encoder_decoder=False, dropout=0.0,
+            attention_dropout=0.0,
+        )  # fmt: skip
+        config._attn_implementation = implementation
+        pair.append(transformers.BigBirdPegasusForCausalLM(config).eval())
+    x, real = tokens(2, 13), torch.ones(2, 13, dtype=torch.bool)
+    if padding:
+        real[0, 9:] = False
+    arguments = dict(attention_mask=real.long()) if padding else {}
+    expected, found = (model(x, **arguments).logits[real] for model in pair)
+    assert_close(found, expected, 1e-5, "logits")
+
+
+def part(name: str, **settings):
+    return dict(COMMON, sliding_window=5, query_pre_attn_scalar=16, attn_logit_softcapping=2.0, **settings)
+
+
+@pytest.mark.parametrize("padding", [None, "right", "left"])
+def test_cross_attention_and_windows_of_an_encoder(padding):
+    """T5Gemma: windows in the encoder (W keys on each side) and the decoder, none in its cross-attention."""
+    if not hasattr(transformers, "T5GemmaForConditionalGeneration"):
+        pytest.skip(f"transformers {transformers.__version__} has no T5Gemma")
+    kinds = ["sliding_attention", "full_attention"]
+    pair = []
+    for implementation in ("eager", NAME):
+        torch.manual_seed(0)
+        config = transformers.T5GemmaConfig(
+            encoder=part("encoder", layer_types=kinds), vocab_size=VOCAB, pad_token_id=0, bos_token_id=1,
+            decoder=part("decoder", layer_types=kinds, cross_attention_hidden_size=64), dropout_rate=0.0,
+        )  # fmt: skip
+        config._attn_implementation = implementation
+        pair.append(transformers.T5GemmaForConditionalGeneration(config).eval())
+    x, decoded = tokens(2, 15), tokens(2, 11)
+    arguments = {}
+    if padding is not None:
+        mask = torch.ones_like(x)
+        mask[0, 9:] = 0
+        arguments["attention_mask"] = mask if padding == "right" else mask.flip(1)
+    expected, found = (model(x, decoder_input_ids=decoded, **arguments).logits for model in pair)
+    assert_close(found, expected, 1e-5, "logits")
+
+
+LOSS_KEYWORDS = {
+    "shift_labels": lambda x: torch.nn.functional.pad(x[:, 1:], (0, 1), value=-100),
+    "num_items_in_batch": lambda x: 16,
+    **{name: lambda x: True for name in ("return_token_accuracy", "use_token_scaling", "return_predicted_tokens")},
+    **{
+        name: lambda x: 1.0
+        for name in ("temperature", "label_smoothing", "lse_square_scale", "final_logit_softcapping")
+    },
+    "ignore_index": lambda x: 3,
+    "reduction": lambda x: "mean",
+    "accum_dtype": lambda x: torch.float32,
+}
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4's losses know fewer keywords")
+@pytest.mark.parametrize("keyword", LOSS_KEYWORDS)
+@pytest.mark.parametrize("name", ["gpt_oss", "llama"])
+def test_keywords_of_losses_are_taken(name, keyword):
+    eager, ours, tolerance = make_pair(name)
+    x = tokens(2, 9)
+    arguments = {keyword: LOSS_KEYWORDS[keyword](x)}
+    expected, found = (model(x, labels=x, **arguments).loss for model in (eager, ours))
+    assert_close(found, expected, tolerance, "loss")
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4's Gemma 3 needs images to train")
+def test_text_of_a_model_that_lets_images_see_each_other():
+    """token_type_ids of 0 are text: causal. A 1 is an image: refused, compiled or not."""
+    pair = []
+    for implementation in ("eager", NAME):
+        torch.manual_seed(0)
+        vision = dict(
+            hidden_size=32,
+            intermediate_size=32,
+            num_hidden_layers=1,
+            num_attention_heads=2,
+            image_size=28,
+            patch_size=14,
+        )
+        config = transformers.Gemma3Config(
+            text_config=dict(COMMON, sliding_window=5, query_pre_attn_scalar=16), vision_config=vision,
+            mm_tokens_per_image=4, image_token_index=VOCAB - 1, boi_token_index=VOCAB - 2, eoi_token_index=VOCAB - 3,
+        )  # fmt: skip
+        config._attn_implementation = implementation
+        pair.append(transformers.Gemma3ForConditionalGeneration(config).train())
+    x = tokens(2, 11).clamp_max(VOCAB - 4)
+    kinds = torch.zeros_like(x)
+    expected, found = (model(x, token_type_ids=kinds, labels=x).logits for model in pair)
+    assert_close(found, expected, 1e-5, "logits")
+    kinds[:, 3:6] = 1
+    with pytest.raises(ValueError, match="images"):
+        pair[1](x, token_type_ids=kinds, labels=x)
+
+
+@pytest.mark.parametrize("fullgraph", [False, True])
+def test_a_pattern_that_is_refused_is_refused_when_compiled(fullgraph):
+    config = transformers.LlamaConfig(**COMMON)
+    config._attn_implementation = NAME
+    name = "inputs_embeds" if VERSION >= (5, 0) else "input_embeds"
+    arguments = {"config": config, "attention_mask": None, "past_key_values": None}
+
+    def mask(h, extra):
+        more = {name: h} if VERSION >= (5, 0) else {name: h, "cache_position": torch.arange(8)}
+        return h + 1, masking_utils.create_causal_mask(**arguments, **more, **extra) is None
+
+    blocks = torch.tensor([[-1, -1, 0, 0, -1, 1, 1, -1]])
+    extras = [{"or_mask_function": lambda b, h, q, k: q == k}]
+    if VERSION >= (5, 0):
+        extras += [{"block_sequence_ids": blocks}, {"and_mask_function": lambda b, h, q, k: q == k}]
+    for extra in extras:
+        torch._dynamo.reset()
+        compiled = torch.compile(mask, fullgraph=fullgraph, backend="eager")
+        expected = torch._dynamo.exc.Unsupported if fullgraph else ValueError
+        with pytest.raises(expected, match="Observed exception" if fullgraph else "mask must be causal"):
+            compiled(torch.zeros(1, 8, 64), extra)
+    torch._dynamo.reset()
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_two_graphs_serve_every_length(packed):
+    torch._dynamo.reset()
+    eager, ours, _ = make_pair("llama", torch.float32)
+    counter = CompileCounterWithBackend("aot_eager")
+    compiled = torch.compile(ours, backend=counter, dynamic=True, fullgraph=True)
+    for seqlen in (10, 14, 18, 22, 31):
+        x, lengths = tokens(1, seqlen), (4, seqlen - 4) if packed else (seqlen,)
+        arguments = dict(position_ids=packed_positions(lengths)[None]) if packed else {}
+        with torch.no_grad():
+            found = compiled(x, use_cache=False, **arguments).logits
+        assert_close(found, eager_per_sequence(eager, x, (lengths,)), 1e-5, "logits")
+    assert counter.frame_count <= 2
+    torch._dynamo.reset()
 
 
 @pytest.mark.parametrize("dtype", [torch.int32, torch.int64])
@@ -326,11 +570,21 @@ def test_keywords_that_do_not_matter_are_ignored():
     assert torch.equal(found, expected)
 
 
-def test_multimodal_rotary_positions_are_not_segments():
+def test_multimodal_rotary_positions():
+    """Four rows begin with the text's, which cut. Three cannot tell samples from images: refused where they fall."""
     q = heads()
     expected, _ = attention_forward(layer(), q, q, q, None)
-    positions = torch.arange(8).flip(0).expand(3, 2, 8)
-    assert torch.equal(attention_forward(layer(), q, q, q, None, position_ids=positions)[0], expected)
+    image = torch.tensor([0, 1, 2, 2, 2, 2, 4, 5]).expand(3, 2, 8)
+    assert torch.equal(attention_forward(layer(), q, q, q, None, position_ids=image)[0], expected)
+    text = torch.tensor([0, 1, 2, 0, 1, 2, 3, 4]).expand(1, 2, 8)
+    expected, _ = attention_forward(layer(), q, q, q, None, position_ids=text[0])
+    found, _ = attention_forward(layer(), q, q, q, None, position_ids=torch.cat([text, image]))
+    assert torch.equal(found, expected)
+    with pytest.raises(ValueError, match=r"position_ids must be \(4, B, S\), the text positions first"):
+        attention_forward(layer(), q, q, q, None, position_ids=text.expand(3, 2, 8))
+    padded = torch.ones(2, 8, dtype=torch.long)
+    padded[:, :3] = 0  # positions of padding mean nothing
+    attention_forward(layer(), q, q, q, padded, position_ids=text.expand(3, 2, 8))
 
 
 ONE = torch.tensor([0, 8], dtype=torch.int32)
@@ -347,7 +601,11 @@ REFUSED = [
     (dict(attention_mask=torch.zeros(2, 1, 8, 8)), "attention_mask must be a 2-D bool or integer padding mask"),
     (dict(attention_mask=torch.ones(2, 1, 8, 8, dtype=torch.bool)), "position_ids that restart"),
     (dict(attention_mask=torch.zeros(2, 8)), "attention_mask must be a 2-D bool or integer padding mask"),
-    (dict(attention_mask=torch.ones(2, 7, dtype=torch.long)), "key_padding_mask must be (B, Sk) = (2, 8)"),
+    (dict(attention_mask=torch.ones(2, 7, dtype=torch.long)), "attention_mask must be (B, Sk) = (2, 8)"),
+    *(
+        (dict(attention_mask=torch.ones(2, 1, 1, 8, dtype=dtype)), f"got (2, 1, 1, 8) {dtype}")
+        for dtype in (torch.uint8, torch.int8, torch.int32, torch.int64, torch.bool)
+    ),
     (dict(attention_mask={"full_attention": None}), "attention_mask must be a 2-D tensor or None, got dict"),
     (dict(position_ids=torch.arange(7)[None]), "position_ids must be (B, S) = (2, 8)"),
     (dict(cu_seq_lens_q=ONE), "cu_seq_lens_q and cu_seq_lens_k must both be given"),
@@ -414,35 +672,15 @@ def test_mask_patterns_beyond_ours_are_refused():
         masking_utils.create_chunked_causal_mask(**arguments)
     with pytest.raises(ValueError, match="must be causal, bidirectional, sliding or padded"):
         masking_utils.create_causal_mask(**arguments, or_mask_function=lambda b, h, q, k: q == k)
+    with pytest.raises(ValueError, match=r"got tokens that see each other|got a mask function of the user's"):
+        masking_utils.create_causal_mask(**arguments, or_mask_function=lambda b, h, q, k: q == k)
     with pytest.raises(ValueError, match="must be causal, bidirectional, sliding or padded"):
         masking_utils.create_causal_mask(**arguments, and_mask_function=lambda b, h, q, k: q == k)
     if VERSION >= (5, 0):
-        with pytest.raises(ValueError, match=r"got (or_masks|blockwise_overlay)"):
+        with pytest.raises(ValueError, match=r"got blocks of tokens that see each other .* \(images\)"):
             masking_utils.create_causal_mask(**arguments, block_sequence_ids=torch.zeros(1, 8, dtype=torch.long))
-    assert masking_utils.create_causal_mask(**arguments) is None
-
-
-def test_mask_encoding():
-    real = torch.ones(2, 8, dtype=torch.bool)
-    assert attention_mask(2, 8, 8) is None
-    assert attention_mask(2, 8, 8, attention_mask=real) is None
-    assert attention_mask(2, 8, 3, q_offset=5) is None
-    # A rolled sliding cache: keys 4..8, all in use.
-    assert attention_mask(2, 5, 2, q_offset=7, kv_offset=4) is None
-    real[0, :3] = False
-    found = attention_mask(2, 8, 8, attention_mask=real)
-    assert found.dtype == torch.uint8 and torch.equal(found[:, 0, 0] != 0, real)
-    # The same behind a sliding cache's offset, and of a longer mask.
-    assert torch.equal(attention_mask(2, 6, 1, q_offset=7, kv_offset=2, attention_mask=real)[:, 0, 0] != 0, real[:, 2:])
-    found = attention_mask(2, 4, 1, q_offset=5, kv_offset=2, attention_mask=real)
-    assert torch.equal(found[:, 0, 0] != 0, real[:, 2:6])
-    # A static cache of 10 slots with 3 + 2 keys.
-    expected = torch.tensor([[0, 0, 0, 5, 5, 0, 0, 0, 0, 0], [5, 5, 5, 5, 5, 0, 0, 0, 0, 0]], dtype=torch.int32)
-    for offset in (3, torch.tensor(3), torch.tensor([3])):
-        found = attention_mask(2, 10, 2, q_offset=offset, attention_mask=real[:, :5])
-        assert found.dtype == torch.int32 and torch.equal(found[:, 0, 0], expected)
-    found = attention_mask(2, 10, attention_mask=real[:, :5], cache_position=torch.tensor([3, 4]))
-    assert torch.equal(found[:, 0, 0], expected)
+        masking_utils.create_causal_mask(**arguments, block_sequence_ids=torch.full((1, 8), -1))
+    assert masking_utils.create_causal_mask(**arguments).causal
 
 
 def test_the_mask_knows_its_pattern_better_than_is_causal():
@@ -468,17 +706,8 @@ def test_a_model_that_calls_no_attention_function_is_refused():
 def test_keys_beyond_a_static_cache_are_hidden():
     q, k, v = heads(seqlen=2), heads(n=2, seqlen=10), heads(n=2, seqlen=10)
     k[:, :, 5:] = 1e3
-    mask = attention_mask(2, 10, 2, q_offset=torch.tensor(3))
     for window in (None, 3):
+        mask = attention_mask(2, 10, 2, q_offset=torch.tensor(3), local_size=window)
         found, _ = attention_forward(layer(), q, k, v, mask, sliding_window=window)
         expected, _ = attention_forward(layer(), q, k[:, :, :5], v[:, :, :5], None, sliding_window=window)
         torch.testing.assert_close(found, expected)
-
-
-def test_a_mask_of_a_bidirectional_layer_does_not_count_queries():
-    """Cross-attention: 3 queries, 8 keys of the encoder, none of them hidden but the padding."""
-    real = torch.ones(2, 8, dtype=torch.bool)
-    real[0, 5:] = False
-    found = attention_mask(2, 8, 3, attention_mask=real, allow_is_bidirectional_skip=True)
-    assert found.dtype == torch.int8 and torch.equal(found[:, 0, 0] != 0, real)
-    assert attention_mask(2, 8, 3, allow_is_bidirectional_skip=True) is None

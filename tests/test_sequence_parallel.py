@@ -6,6 +6,7 @@ import os
 import socket
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from triton_attention_sink_hf import sequence_parallel
-from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward
+from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward, attention_mask
 from triton_attention_sink_hf.integrations import sequence_parallel as internals
 from triton_attention_sink_hf.integrations.sequence_parallel import active_group
 
@@ -125,7 +126,7 @@ def group(monkeypatch):
     monkeypatch.setattr(dist, "get_rank", {group: 1}.get)
     for name in ("all_to_all_single", "all_gather"):
         monkeypatch.setattr(dist, name, talk)
-    monkeypatch.setattr(internals, "_GROUPS", [group])
+    monkeypatch.setattr(internals._GROUPS, "stack", [group])
     return group
 
 
@@ -229,7 +230,6 @@ def test_a_recomputation_in_backward_belongs_to_its_forwards_group(monkeypatch, 
     positions, others = torch.arange(3), torch.arange(3)
     with sequence_parallel(single_rank):
         active_group(positions)
-    assert active_group(positions) is None
 
     def in_backward(rows):
         seen = []
@@ -240,10 +240,30 @@ def test_a_recomputation_in_backward_belongs_to_its_forwards_group(monkeypatch, 
 
     assert in_backward(positions) == [single_rank]
     assert in_backward(others) == [None]
+    assert active_group(positions) is None  # a whole row with the same tensor: which one a recomputation belongs to,
+    with pytest.raises(RuntimeError, match="must be other tensors in whole and in sharded forwards"):
+        in_backward(positions)  # nobody knows
     remembered = len(internals._FORWARD_GROUP)
     del positions
     gc.collect()
     assert len(internals._FORWARD_GROUP) == remembered - 1
+
+
+def test_a_mask_knows_the_group_of_its_forward(monkeypatch, single_rank):
+    """Whatever has come and gone since: recomputation is given the mask of its forward."""
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    with sequence_parallel(single_rank):
+        sharded = attention_mask(1, 6, 6)
+    whole = attention_mask(1, 6, 6)
+    assert sharded.has_group and sharded.group is single_rank
+    assert whole.has_group and whole.group is None
+
+
+def test_a_group_is_its_threads_own(monkeypatch, single_rank):
+    monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
+    with sequence_parallel(single_rank), ThreadPoolExecutor(1) as elsewhere:
+        assert elsewhere.submit(active_group).result() is None
+        assert active_group() is single_rank
 
 
 def test_a_group_of_one_exchanges_nothing(monkeypatch, single_rank):

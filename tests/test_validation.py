@@ -129,7 +129,7 @@ CASES = {
     "packed padding": (
         ValueError,
         _packed(key_padding_mask=torch.ones(1, 12, dtype=torch.bool)),
-        "key_padding_mask must be None for packed",
+        r"key_padding_mask must be \(T,\) = \(12,\), got \(1, 12\)",
     ),
     "packed used": (ValueError, _packed(seqused_k=_ints(3)), "seqused_k must be None for packed rows"),
     # implementations

@@ -5,21 +5,22 @@ transformers calls ``attention_mask`` once per forward and kind of layer, and ha
 
 ==================  ==================================================================================================
 sinks               ``s_aux`` or ``sinks`` (Hq,), one logit per head; per-token sinks are refused
-causality, window   the mask's pattern, ``is_causal``, else the module's; ``sliding_window``; aligned to the cache's end
-packed rows         ``cu_seq_lens_q/k``, else ``position_ids`` cut where they do not rise by 1, if Sq == Sk and no mask
-padding             2-D masks, left or right; an all-ones mask counts as none
+causality, window   what the mask function was asked for, which is what eager attention does; where none was called,
+                    ``is_causal``, else the module's, and ``sliding_window``; aligned to the cache's end
+packed rows         ``cu_seq_lens_q/k``, else what the mask function was told, else ``position_ids`` cut where they do
+                    not rise by 1, if Sq == Sk; beside a padding mask, too
+padding             2-D masks, left, right or between; integers above 1 number the samples
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
-sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no mask, no cache
+sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
 refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
-                    sliding window, ring attention, and any keyword not known to leave the mathematics alone
-                    (``IGNORED_KEYWORDS``; add a name to it if yours does)
+                    sliding window, layers with keys that their mask was not made for, ring attention, and any keyword
+                    not known to leave the mathematics alone (``IGNORED_KEYWORDS``; add a name to it if yours does)
 ==================  ==================================================================================================
 
 Nothing here copies q, k or v (a packed batch of several rows excepted, where the layout demands it, and what is sent
-to other ranks), and no layer waits for the device. The mask function does once where a padding mask comes with a whole
-sequence, to drop an all-ones mask as transformers' own flash-attention mask does, which lets packed rows with such a
-mask be cut.
+to other ranks). No layer waits for the device, but the first one of a forward whose whole sequences come with a padding
+mask: it reads whether there is padding at all, once for all layers.
 """
 
 from __future__ import annotations
@@ -27,8 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .integrations.hidden_keys import attention_mask, hidden_keys, is_causal_pattern, is_encoded
-from .integrations.segments import cu_seqlens_from_position_ids, once
+from .integrations.forward_mask import NO_PADDING, ForwardMask, attention_mask
 from .integrations.sequence_parallel import (
     active_group,
     check_shards,
@@ -43,10 +43,16 @@ __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 
 # Keywords that models pass on to the attention function and that do not change what it computes.
 IGNORED_KEYWORDS = {
-    "cache_params", "cache_position", "input_ids", "inputs_embeds", "is_first_iteration", "labels", "layer_idx",
-    "logits_to_keep", "mm_token_type_ids", "num_items_in_batch", "num_logits_to_keep", "output_hidden_states",
-    "output_router_logits", "past_key_value", "past_key_values", "position_embeddings", "return_dict", "seq_idx",
-    "token_type_ids", "use_cache",
+    # of models
+    "cache_params", "cache_position", "image_sizes", "input_ids", "inputs_embeds", "is_first_iteration", "layer_idx",
+    "logits_to_keep", "mm_token_type_ids", "num_logits_to_keep", "output_hidden_states", "output_router_logits",
+    "past_key_value", "past_key_values", "position_embeddings", "return_dict", "seq_idx", "token_type_ids", "use_cache",
+    # of losses: transformers', Liger's, TRL's and verl's
+    "accum_dtype", "accumulation_steps", "calculate_entropy", "calculate_log_probs", "ce_weight", "chunk_mem_const",
+    "final_logit_softcapping", "ignore_index", "label_smoothing", "labels", "loss_reduction", "loss_weights",
+    "lse_square_scale", "num_items_in_batch", "reduction", "return_entropy", "return_loss", "return_log_probs",
+    "return_predicted_tokens", "return_token_accuracy", "return_z_loss", "shift_labels", "skip_logits", "temperature",
+    "token_scaling", "use_token_scaling", "vocab_size",
 }  # fmt: skip
 
 
@@ -96,29 +102,45 @@ def attention_forward(
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
     sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    group = active_group(position_ids if cu_seq_lens_q is None else cu_seq_lens_q)
+    if isinstance(attention_mask, ForwardMask):
+        mask = attention_mask
+    else:
+        mask = _layers_own_mask(module, q, k, attention_mask, is_causal, sliding_window)
+    mask.check(q.shape[1], k.shape[1])
+    rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
+    given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
+    group = mask.group if mask.has_group else active_group(rows)
     if group is not None:
         q, k, v = follow_autocast(q, k, v)
-        check_shards(group, q, k, v, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+        padded = isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING
+        positions = given if position_ids is None else position_ids
+        check_shards(group, q, k, v, padded, positions, cu_seq_lens_q, cu_seq_lens_k)
         q, k, v = gather_rows(group, q, k, v)
         sinks = own_sinks(group, sinks)
+        mask = mask.whole(q.shape[1])
         if cu_seq_lens_q is None:
-            position_ids = gather_positions(group, position_ids, q.device)
-    causal, window_size = _causality(module, k.shape[1], attention_mask, is_causal, sliding_window)
+            shard = position_ids
+            position_ids = mask.forward.once(
+                shard, ("gathered", group, q.device), lambda: gather_positions(group, shard, q.device)
+            )
     options = dict(
-        causal=causal,
-        window_size=window_size,
+        causal=mask.causal,
+        window_size=mask.window,
         softmax_scale=scaling,
         softcap=0.0 if softcap is None else softcap,
         deterministic=deterministic or None,
     )
-    cu_q, cu_k = _segments(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k)
+    if cu_seq_lens_q is None and cu_seq_lens_k is None:
+        cu_q, key_padding_mask, seqused_k = mask.visibility(q, k, position_ids)
+        cu_k = cu_q
+    else:
+        cu_q, cu_k = _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
+        key_padding_mask = seqused_k = None
     if cu_q is not None:
         packed = (x.flatten(0, 1) for x in (q, k, v))
-        out = attention_sink(*packed, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)
-        out = out.unflatten(0, q.shape[:2])
+        options |= dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_padding_mask=key_padding_mask)
+        out = attention_sink(*packed, sinks, **options).unflatten(0, q.shape[:2])
     else:
-        key_padding_mask, seqused_k = hidden_keys(attention_mask, q)
         out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
     return out if group is None else scatter_rows(group, out), None
 
@@ -158,17 +180,34 @@ def _one_sink_per_head(module, heads: int, s_aux: Tensor | None, sinks: Tensor |
     return value
 
 
-def _causality(module, seqlen_k: int, mask, is_causal, sliding_window) -> tuple[bool, tuple[int, int]]:
+def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_window) -> ForwardMask:
+    """What a layer says of itself, where its model called no mask function."""
+    real = sample_ids = None
+    if mask is not None:
+        if not isinstance(mask, Tensor):
+            raise TypeError(f"attention_mask must be a 2-D tensor or None, got {type(mask).__name__}")
+        if mask.dim() != 2 or mask.is_floating_point():
+            raise ValueError(
+                f"attention_mask must be a 2-D bool or integer padding mask (B, S), got {tuple(mask.shape)} "
+                f"{mask.dtype}: pass position_ids that restart for packed rows, or use attn_implementation='eager' for "
+                "a dense mask"
+            )
+        if tuple(mask.shape) != (k.shape[0], k.shape[1]):
+            raise ValueError(f"attention_mask must be (B, Sk) = {tuple(k.shape[:2])}, got {tuple(mask.shape)}")
+        mask = mask.to(q.device)
+        real, sample_ids = mask != 0, None if mask.dtype == torch.bool else mask
     own = getattr(module, "is_causal", True)
     causal = own if is_causal is None else bool(is_causal)
-    if is_encoded(mask):
-        causal = is_causal_pattern(mask)
-    if not sliding_window:
-        _refuse_unsaid_window(module, seqlen_k)
-        return causal, (-1, -1)
-    # A decoder run as an encoder: its eager mask then shows W keys on each side; an encoder's own W counts the query.
-    reach = sliding_window if own and not causal else sliding_window - 1
-    return causal, (reach, 0 if causal else reach)
+    window = (-1, -1)
+    if sliding_window:
+        # A decoder run as an encoder: its eager mask then shows W keys on each side; an encoder's own W counts the
+        # query.
+        reach = sliding_window if own and not causal else sliding_window - 1
+        window = (reach, 0 if causal else reach)
+    else:
+        _refuse_unsaid_window(module, k.shape[1])
+    shape = (q.shape[0], 1, q.shape[1], k.shape[1])
+    return ForwardMask(shape, q.device, causal=causal, window=window, real=real, sample_ids=sample_ids)
 
 
 def _refuse_unsaid_window(module, seqlen_k: int) -> None:
@@ -185,25 +224,40 @@ def _refuse_unsaid_window(module, seqlen_k: int) -> None:
         )
 
 
-def _segments(q, k, attention_mask, position_ids, cu_seq_lens_q, cu_seq_lens_k) -> tuple[Tensor, Tensor] | tuple:
-    """int32 cu_seqlens of the flattened rows of q and k, or (None, None)."""
-    if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
-        if attention_mask is not None:
-            raise ValueError("attention_mask must be None where cu_seq_lens_q and cu_seq_lens_k are given, got a mask")
-        if cu_seq_lens_q is None or cu_seq_lens_k is None:
-            raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, got one")
-        if q.shape[0] != 1:
-            raise ValueError(f"the batch must be 1 where cu_seq_lens_q and cu_seq_lens_k are given, got {q.shape[0]}")
-        cu_q = _int32(cu_seq_lens_q, q.device)
-        # One object for both sides where it is one: some kernels serve only rows cut alike.
-        return cu_q, cu_q if cu_seq_lens_k is cu_seq_lens_q else _int32(cu_seq_lens_k, q.device)
-    if attention_mask is not None or q.shape[1] != k.shape[1]:
-        return None, None
-    cu = cu_seqlens_from_position_ids(position_ids, q.shape[0], q.shape[1], q.device)
-    return cu, cu
+def _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> tuple[Tensor, Tensor]:
+    """int32 cu_seqlens of the rows of q and k, from those that the model was given."""
+    if isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING:
+        raise ValueError("attention_mask must be None where cu_seq_lens_q and cu_seq_lens_k are given, got a mask")
+    if cu_seq_lens_q is None or cu_seq_lens_k is None:
+        raise ValueError("cu_seq_lens_q and cu_seq_lens_k must both be given, got one")
+    if q.shape[0] != 1:
+        raise ValueError(f"the batch must be 1 where cu_seq_lens_q and cu_seq_lens_k are given, got {q.shape[0]}")
+
+    def int32(cu: Tensor) -> Tensor:
+        return mask.forward.once(cu, ("int32", q.device), lambda: cu.to(q.device, torch.int32))
+
+    cu_q = int32(cu_seq_lens_q)
+    # One object for both sides where it is one: some kernels serve only rows cut alike.
+    return cu_q, cu_q if cu_seq_lens_k is cu_seq_lens_q else int32(cu_seq_lens_k)
 
 
-def _int32(cu: Tensor, device: torch.device) -> Tensor:
-    if cu.dtype == torch.int32 and cu.device == device:
-        return cu
-    return once(cu, ("int32", device), lambda: cu.to(device, torch.int32))
+def _text_positions(mask: ForwardMask, position_ids: Tensor | None, batch: int, seqlen: int) -> Tensor | None:
+    """The positions (B, S) or (1, S) that restart with each packed sample.
+
+    Of the (4, B, S) positions of multimodal rotary embeddings the first row; three rows without it (time, height,
+    width) cannot tell a packed row from images, and are refused where they show that the row is packed.
+    """
+    if position_ids is None:
+        return None
+    if position_ids.dim() == 3:
+        if position_ids.shape[0] == 4:
+            text = mask.forward.once(position_ids, "text", lambda: position_ids[0])
+            return _text_positions(mask, text, batch, seqlen)
+        if mask.shape[2] == mask.shape[3] == position_ids.shape[-1]:
+            mask.refuse_restarts(position_ids[0])
+        return None
+    if position_ids.shape[-1] != seqlen or (position_ids.dim() == 2 and position_ids.shape[0] not in (1, batch)):
+        raise ValueError(
+            f"position_ids must be (B, S) = ({batch}, {seqlen}) or (1, {seqlen}), got {tuple(position_ids.shape)}"
+        )
+    return position_ids

@@ -71,7 +71,7 @@ def attention_sink(
         cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), first row of each packed segment, starting at 0. Rows past the
             last entry see nothing.
         max_seqlen_q, max_seqlen_k: accepted for flash-attn's callers; the kernels do not need them.
-        key_padding_mask: bool (B, Sk), True = real key.
+        key_padding_mask: bool (B, Sk), or packed (Tk,); True = real key.
         seqused_k: int32 (B,), keys in use of a longer cache; causality is aligned to them.
         deterministic: None follows ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, (B, Hq, Sq) or packed (Hq, Tq), fp32, natural log, sink included.
@@ -156,6 +156,7 @@ def _prepare(
         softmax_scale = q.shape[-1] ** -0.5
     if cu_seqlens_q is not None:
         q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
+        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
     mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
     return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic, layout)
 

@@ -23,7 +23,7 @@ class Mask:
         right: keys after it; -1 = all of them, 0 = causal.
         cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), first row of each packed segment; rows past the last entry
             belong to no segment and see nothing. Entries may repeat (empty segments).
-        key_padding_mask: bool (B, Sk), True = real key.
+        key_padding_mask: bool (B, Sk), True = real key; packed rows have B = 1.
         seqused_k: int32 (B,), keys in use; later slots are hidden, and the alignment is to this length.
     """
 

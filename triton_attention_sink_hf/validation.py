@@ -56,19 +56,16 @@ def check_tensors(
         if sinks.shape != (heads,):
             raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}")
     if packed:
-        for name, value in (("key_padding_mask", key_padding_mask), ("seqused_k", seqused_k)):
-            if value is not None:
-                raise ValueError(f"{name} must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
+        if seqused_k is not None:
+            raise ValueError("seqused_k must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
         _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
     if key_padding_mask is not None:
-        batch, seqlen_k = q.shape[0], k.shape[1]
         _check_tensor("key_padding_mask", key_padding_mask, device)
         if key_padding_mask.dtype != torch.bool:
             raise TypeError(f"key_padding_mask must be torch.bool (True = real token), got {key_padding_mask.dtype}")
-        if tuple(key_padding_mask.shape) != (batch, seqlen_k):
-            raise ValueError(
-                f"key_padding_mask must be (B, Sk) = ({batch}, {seqlen_k}), got {tuple(key_padding_mask.shape)}"
-            )
+        if key_padding_mask.shape != k.shape[:-2]:
+            wanted = f"(T,) = ({k.shape[0]},)" if packed else f"(B, Sk) = ({k.shape[0]}, {k.shape[1]})"
+            raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}")
     if seqused_k is not None:
         batch, seqlen_k = q.shape[0], k.shape[1]
         _check_int32_vector("seqused_k", seqused_k, device)

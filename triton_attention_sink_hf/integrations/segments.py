@@ -1,80 +1,71 @@
-"""Where packed rows are cut: ``cu_seqlens`` from ``position_ids``, once per forward, without a device synchronisation.
+"""Where packed rows are cut: from positions or sample numbers to ``cu_seqlens``, without a device synchronisation.
 
-Every layer of a forward is handed the same ``position_ids`` object, so what is derived from it is kept beside it for
-as long as it lives (``once``).
+A cut is a bool (B, S) or (1, S): True where a token begins another sample than the token before it in its row. Sizes
+never depend on values, and no size becomes a constant of a torch.compile graph.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
-from typing import TypeVar
-
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
-
-T = TypeVar("T")
-_DERIVED = WeakTensorKeyDictionary()  # tensor -> {key: (tensor's version, derived value)}
 
 
-def cu_seqlens_from_position_ids(position_ids: Tensor | None, batch: int, seqlen: int, device) -> Tensor | None:
-    """First row of each packed segment of ``batch * seqlen`` flattened rows, or None where nothing is packed.
-
-    A segment starts at the beginning of a row of the batch and wherever ``diff(position_ids) != 1``.
+def cuts_from_positions(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
+    """Cuts where positions do not go on.
 
     Args:
-        position_ids: integer (B, S), (1, S) shared by all rows, or (S,). None, or the (3, B, S) positions of a
-            multimodal rotary embedding, which say nothing about packing: nothing is packed.
-        batch, seqlen: B and S of the query.
-        device: where the result is needed.
-
-    Returns:
-        int32 (B * S + 1,): the N starts, then B * S in the remaining entries (empty segments), so that the size does
-        not depend on the values and nothing waits for the device. On a CPU, whose values are free to read, None if
-        no row has more than one segment.
-
-    Raises:
-        ValueError: a 2-D ``position_ids`` of another shape.
+        position_ids: integer (B, S) or (1, S). Without padding, a sample goes on where they rise by 1.
+        real: bool (B, S), True = token, False = padding, whose positions mean nothing. A token then goes on from the
+            last token before it if positions rose by 1 (padding not counted) or by their distance (padding counted).
     """
-    if position_ids is None or position_ids.dim() > 2 or seqlen < 2:
-        return None
-    if position_ids.shape[-1] != seqlen or (position_ids.dim() == 2 and position_ids.shape[0] not in (1, batch)):
-        raise ValueError(
-            f"position_ids must be (B, S) = ({batch}, {seqlen}) or (1, {seqlen}), got {tuple(position_ids.shape)}"
-        )
-    key = ("cu_seqlens", batch, seqlen, torch.device(device))
-    return once(position_ids, key, lambda: _cut(position_ids, batch, seqlen, device))
+    if real is None:
+        return _after_first(position_ids.diff(dim=-1) != 1)
+    last, found = _last_real(real)
+    positions = position_ids.expand(real.shape)
+    rise = positions[:, 1:] - positions.gather(1, last)
+    place = torch.arange(1, real.shape[1], device=real.device)
+    return _after_first(real[:, 1:] & found & (rise != 1) & (rise != place - last))
 
 
-def _cut(position_ids: Tensor, batch: int, seqlen: int, device) -> Tensor | None:
-    rows = position_ids.reshape(-1, seqlen)
-    restarts = rows.diff(dim=-1) != 1
-    if restarts.device.type == "cpu" and not torch.compiler.is_compiling() and not restarts.any():
-        return None
-    starts = torch.nn.functional.pad(restarts, (1, 0), value=True).expand(batch, seqlen).reshape(-1)
-    total = batch * seqlen
-    row = torch.arange(total, device=rows.device, dtype=torch.int32)
-    # Rows that start nothing sort behind those that do: the starts come out in order, then the padding.
-    first_rows = row.masked_fill(~starts, total).sort().values
-    return torch.nn.functional.pad(first_rows, (0, 1), value=total).to(device)
+def cuts_from_samples(sample_ids: Tensor) -> Tensor:
+    """Cuts where a token's sample number differs from that of the last token before it; 0 is padding.
 
-
-def once(tensor: Tensor, key: Hashable, derive: Callable[[], T]) -> T:
-    """``derive()``, remembered for this tensor object and ``key`` until the tensor changes in place or dies.
-
-    The value must not be ``tensor`` or a view of it, which would keep it alive. Under torch.compile the graph
-    itself removes the repetition; during CUDA-graph capture everything is derived inside the graph, as a value from
-    outside would go stale when the graph is replayed on new data; inference tensors have no version to compare.
+    A mask of ones and zeros has no cuts. Args: sample_ids: integer (B, S).
     """
-    if torch.compiler.is_compiling() or tensor.is_inference() or is_capturing(tensor):
-        return derive()
-    known = _DERIVED.setdefault(tensor, {})
-    version = tensor._version
-    if key not in known or known[key][0] != version:
-        known[key] = (version, derive())
-    return known[key][1]
+    real = sample_ids != 0
+    last, found = _last_real(real)
+    return _after_first(real[:, 1:] & found & (sample_ids[:, 1:] != sample_ids.gather(1, last)))
 
 
-def is_capturing(tensor: Tensor) -> bool:
-    """Whether work on this tensor is being captured into a CUDA graph."""
-    return tensor.is_cuda and torch.cuda.is_current_stream_capturing()
+def cuts_around_padding(real: Tensor) -> Tensor:
+    """Cuts between tokens and padding; ``real``: bool (B, S)."""
+    return _after_first(real[:, 1:] != real[:, :-1])
+
+
+def cu_seqlens_from_cuts(cuts: Tensor, batch: int) -> Tensor:
+    """int32 (B * S + 1,): the N first rows of the segments of the flattened rows, then B * S (empty segments).
+
+    Args:
+        cuts: bool (B, S) or (1, S). The first token of each row begins a segment whatever it says.
+    """
+    seqlen = cuts.shape[1]
+    first = torch.arange(seqlen, device=cuts.device) == 0
+    starts = (cuts | first).expand(batch, seqlen).reshape(-1)
+    row = torch.arange(batch * seqlen, device=cuts.device)
+    total = row[-1:] + 1  # as a tensor: as a number it would become a constant of a graph
+    # the n-th start goes to entry n - 1; rows that start nothing all write the total into the last entry
+    entry = torch.where(starts, starts.cumsum(0) - 1, total)
+    start = torch.where(starts, row, total)
+    return total.expand(row.shape[0] + 1).scatter(0, entry, start).to(torch.int32)
+
+
+def _last_real(real: Tensor) -> tuple[Tensor, Tensor]:
+    """For tokens 1 to S - 1: the index of the last real token before it (0 if there is none), and whether there is one;
+    int64 and bool (B, S - 1)."""
+    place = torch.arange(real.shape[1], device=real.device)
+    last = torch.where(real, place, -1).cummax(dim=1).values[:, :-1]
+    return last.clamp_min(0), last >= 0
+
+
+def _after_first(cuts: Tensor) -> Tensor:
+    return torch.nn.functional.pad(cuts, (1, 0))

@@ -12,6 +12,7 @@ Shards are equally long, in the order of the ranks, with the position_ids of the
 from __future__ import annotations
 
 import sys
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
@@ -21,10 +22,18 @@ from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from ..validation import check_qkv, readable
-from .segments import once
 
-_GROUPS: list[dist.ProcessGroup] = []  # innermost last; no context variable: backward runs in threads of its own
-_FORWARD_GROUP = WeakTensorKeyDictionary()  # what cut the rows of a forward -> its group, for recomputation in backward
+
+class _Groups(threading.local):
+    """Of one thread: the groups of its ``with sequence_parallel``, innermost last."""
+
+    def __init__(self):
+        self.stack: list[dist.ProcessGroup] = []
+
+
+_GROUPS = _Groups()
+_FORWARD_GROUP = WeakTensorKeyDictionary()  # what cut the rows of a forward -> its group, or _SEVERAL
+_SEVERAL = object()  # forwards over different groups were given this tensor
 _TORCH_CONTEXT_PARALLEL = (
     "torch.distributed.tensor.experimental._context_parallel._attention",
     "torch.distributed.tensor.experimental._attention",  # before torch 2.10
@@ -53,31 +62,46 @@ def sequence_parallel(group: dist.ProcessGroup) -> Iterator[None]:
         raise TypeError(f"group must be a torch.distributed.ProcessGroup, got {type(group).__name__}")
     if dist.get_rank(group) < 0:
         raise ValueError(f"group must contain this rank, got one without rank {dist.get_rank()}")
-    _GROUPS.append(group)
+    _GROUPS.stack.append(group)
     try:
         yield
     finally:
-        _GROUPS.pop()
+        _GROUPS.stack.pop()
 
 
-def active_group(rows: Tensor | None) -> dist.ProcessGroup | None:
+def active_group(rows: Tensor | None = None) -> dist.ProcessGroup | None:
     """The group over which rows are sharded now, None if they are whole.
 
     Args:
-        rows: the tensor that says how the rows of this forward are cut (position_ids or cu_seq_lens_q). A forward that
-            runs within backward recomputes an earlier one with the same tensor, and belongs to that one's group.
+        rows: the tensor that says how the rows of this forward are cut (position_ids or cu_seq_lens_q). A layer that
+            runs within backward and was given no mask by the mask function, which would know its group, recomputes an
+            earlier forward with the same tensor, and belongs to that one's group.
 
     Raises:
         NotImplementedError: torch's ring attention (``context_parallel``) shards them, which nothing here undoes.
+        RuntimeError: a recomputed layer whose forward cannot be told from another one over other ranks.
     """
     _refuse_ring_attention()
-    group = _GROUPS[-1] if _GROUPS else _verl_group()
-    if not torch.compiler.is_compiling() and rows is not None:
-        if group is None and torch._C._current_graph_task_id() != -1:
-            group = _FORWARD_GROUP.get(rows)
-        elif group is not None:
+    group = _GROUPS.stack[-1] if _GROUPS.stack else _verl_group()
+    if not torch.compiler.is_compiling() and rows is not None and (group is not None or _FORWARD_GROUP):
+        known = _FORWARD_GROUP.get(rows)
+        if group is None and in_backward():
+            if known is _SEVERAL:
+                raise RuntimeError(
+                    "position_ids (or cu_seq_lens_q) must be other tensors in whole and in sharded forwards that are "
+                    "recomputed in backward, got the same: run backward within sequence_parallel(group), or clone them"
+                )
+            group = known
+        elif known is None and group is not None:
             _FORWARD_GROUP[rows] = group
+        elif known is not group:
+            _FORWARD_GROUP[rows] = _SEVERAL
     return group if group is not None and dist.get_world_size(group) > 1 else None
+
+
+def in_backward() -> bool:
+    """Whether this code runs within a backward pass: layers are being recomputed."""
+    return torch._C._current_graph_task_id() != -1
 
 
 def _verl_group() -> dist.ProcessGroup | None:
@@ -101,7 +125,7 @@ def check_shards(
     q: Tensor,
     k: Tensor,
     v: Tensor,
-    attention_mask: Tensor | None,
+    padded: bool,
     position_ids: Tensor | None,
     cu_seq_lens_q: Tensor | None,
     cu_seq_lens_k: Tensor | None,
@@ -109,7 +133,8 @@ def check_shards(
     """Raise, before anything is exchanged, for a sharded call that could not be right.
 
     Args:
-        q, k, v: this rank's rows, (B, S, H, D). The others: as ``attention_forward`` got them.
+        q, k, v: this rank's rows, (B, S, H, D). padded: a mask hides some. The others: as ``attention_forward`` got
+            them.
 
     Raises:
         ValueError, TypeError: the argument, named. The last entry of cu_seq_lens_* on a GPU is asserted there, without
@@ -123,7 +148,7 @@ def check_shards(
         raise ValueError(
             f"num_key_value_heads must be a multiple or a divisor of the sequence-parallel size {n}, got {k.shape[2]}"
         )
-    if attention_mask is not None:
+    if padded:
         raise ValueError(
             "attention_mask must be None under sequence parallelism, got a mask: pack the samples into rows whose "
             "position_ids restart (verl: use_remove_padding=True)"
@@ -135,7 +160,7 @@ def check_shards(
     if cu_seq_lens_q is not None or cu_seq_lens_k is not None:
         for name, cu in (("cu_seq_lens_q", cu_seq_lens_q), ("cu_seq_lens_k", cu_seq_lens_k)):
             if cu is not None:
-                once(cu, ("spans", n * seqlen), lambda name=name, cu=cu: _check_span(name, cu, n * seqlen))
+                _check_span(name, cu, n * seqlen)
     elif position_ids is None:
         raise ValueError(
             "position_ids must be given under sequence parallelism, got None: without them shards and the whole rows "
@@ -157,16 +182,11 @@ def _check_span(name: str, cu: Tensor, total: int) -> None:
 
 
 def gather_positions(group: dist.ProcessGroup, position_ids: Tensor, device: torch.device) -> Tensor:
-    """position_ids of all ranks' rows, (..., n * S) from this rank's (..., S), on ``device``; one exchange a forward,
-    as all layers are handed the same tensor."""
-
-    def gather() -> Tensor:
-        own = position_ids.to(device).contiguous()
-        shards = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
-        dist.all_gather(shards, own, group=group)
-        return torch.cat(shards, dim=-1)
-
-    return once(position_ids, ("gathered", group, device), gather)
+    """position_ids of all ranks' rows, (..., n * S) from this rank's (..., S), on ``device``; one exchange."""
+    own = position_ids.to(device).contiguous()
+    shards = [torch.empty_like(own) for _ in range(dist.get_world_size(group))]
+    dist.all_gather(shards, own, group=group)
+    return torch.cat(shards, dim=-1)
 
 
 def gather_rows(group: dist.ProcessGroup, q: Tensor, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor, Tensor]:

@@ -1,0 +1,223 @@
+"""What the mask function hands to the layers: what it says, how long it is remembered, what other code sees of it."""
+
+import gc
+import threading
+import weakref
+
+import pytest
+import torch
+
+masking_utils = pytest.importorskip("transformers.masking_utils", reason="transformers is not installed")
+
+from triton_attention_sink_hf.integrations import forward_mask  # noqa: E402
+from triton_attention_sink_hf.integrations.forward_mask import (  # noqa: E402
+    GAPS,
+    NO_PADDING,
+    RUNS,
+    ForwardMask,
+    attention_mask,
+)
+
+CAUSAL = masking_utils.causal_mask_function
+
+
+def rows(batch=2, seqlen=8, heads=2, d=16):
+    return torch.zeros(batch, seqlen, heads, d)
+
+
+def real_tokens(*lengths, seqlen=8, side="left"):
+    """bool (B, S): so many tokens of each row, padded on a side."""
+    place = torch.arange(seqlen)
+    return torch.stack([place >= seqlen - n if side == "left" else place < n for n in lengths])
+
+
+def test_a_whole_sequence_hides_nothing():
+    for mask in (attention_mask(2, 8, 8), attention_mask(2, 8, 8, attention_mask=real_tokens(8, 8))):
+        assert (mask.shape, mask.causal, mask.window) == ((2, 1, 8, 8), True, (-1, -1))
+        assert mask.padding() == NO_PADDING
+        assert mask.visibility(rows(), rows(), None) == (None, None, None)
+
+
+@pytest.mark.parametrize(
+    ("lengths", "side", "expected"), [((8, 8), "left", NO_PADDING), ((5, 8), "left", RUNS), ((5, 0), "right", RUNS)]
+)
+def test_padding_of_a_whole_sequence(lengths, side, expected):
+    real = real_tokens(*lengths, side=side)
+    for dtype in (torch.bool, torch.int64):
+        assert attention_mask(2, 8, 8, attention_mask=real.to(dtype)).padding() == expected
+
+
+def test_padding_between_tokens():
+    real = real_tokens(8, 8)
+    real[1, 3] = False
+    mask = attention_mask(2, 8, 8, attention_mask=real)
+    assert mask.padding() == GAPS
+    assert mask.visibility(rows(), rows(), None)[1] is mask.real
+
+
+@pytest.mark.parametrize("offset", [3, torch.tensor(3), torch.tensor([3])], ids=str)
+def test_keys_in_use_of_a_static_cache(offset):
+    real = real_tokens(2, 5, seqlen=5)
+    mask = attention_mask(2, 10, 2, q_offset=offset, attention_mask=real)
+    cu, padding, used = mask.visibility(rows(seqlen=2), rows(seqlen=10), torch.arange(2)[None])
+    assert cu is None and used.dtype == torch.int32 and used.tolist() == [5, 5]
+    assert torch.equal(padding, torch.nn.functional.pad(real, (0, 5)))
+    assert attention_mask(2, 10, 2, q_offset=offset).visibility(rows(seqlen=2), rows(seqlen=10), None)[1] is None
+
+
+def test_transformers_4_tells_where_the_queries_stand_in_the_cache():
+    mask = attention_mask(2, 10, cache_position=torch.tensor([3, 4]))
+    assert mask.shape == (2, 1, 2, 10)
+    assert mask.visibility(rows(seqlen=2), rows(seqlen=10), None)[2].tolist() == [5, 5]
+
+
+def test_a_sliding_caches_offset_shifts_the_padding():
+    assert attention_mask(2, 5, 2, q_offset=7, kv_offset=4).visibility(rows(seqlen=2), rows(seqlen=5), None)[2] is None
+    real = real_tokens(3, 8)
+    assert torch.equal(attention_mask(2, 6, 1, q_offset=7, kv_offset=2, attention_mask=real).real, real[:, 2:])
+
+
+def test_a_bidirectional_pattern_does_not_count_queries():
+    """Cross-attention: 3 queries, 8 keys of the encoder, none hidden but the padding."""
+    real = real_tokens(5, 8, side="right")
+    mask = attention_mask(2, 8, 3, attention_mask=real, allow_is_bidirectional_skip=True)
+    assert not mask.causal and mask.used is None and torch.equal(mask.real, real)
+
+
+@pytest.mark.parametrize(
+    ("local_size", "bidirectional", "window"),
+    [(None, False, (-1, -1)), (5, False, (4, 0)), (1, False, (0, 0)), (5, True, (5, 5)), (None, True, (-1, -1))],
+)
+def test_windows(local_size, bidirectional, window):
+    skip = {"allow_is_bidirectional_skip": True} if bidirectional else {}
+    assert attention_mask(1, 8, 8, local_size=local_size, **skip).window == window
+
+
+@pytest.mark.parametrize("window", [0, -1])
+def test_windows_that_show_nothing_are_refused(window):
+    with pytest.raises(ValueError, match="sliding_window must be at least 1"):
+        attention_mask(1, 8, 8, local_size=window)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_a_packed_pattern_is_cut(window):
+    samples = torch.tensor([[0, 0, 0, 1, 1, 2, 2, 2], [0, 1, 1, 1, 1, 1, 1, 1]])
+    pattern = CAUSAL if window is None else masking_utils.sliding_window_causal_mask_function(window)
+    pattern = masking_utils.and_masks(pattern, masking_utils.packed_sequence_mask_function(samples))
+    mask = attention_mask(2, 8, 8, mask_function=pattern, local_size=window)
+    cu = mask.visibility(rows(), rows(), None)[0]
+    assert cu.tolist() == [0, 3, 5, 8, 9, *[16] * 12]
+
+
+def test_cuts_and_padding_in_one_row():
+    positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
+    real = real_tokens(7, side="right")
+    cu, padding, _ = attention_mask(1, 8, 8, attention_mask=real).visibility(rows(1), rows(1), positions)
+    assert padding is None and cu.tolist() == [0, 3, 7, *[8] * 6]
+    real[0, 4] = False  # between two tokens of a sample, which still see each other
+    cu, padding, _ = attention_mask(1, 8, 8, attention_mask=real).visibility(rows(1), rows(1), positions)
+    assert torch.equal(padding, real[0]) and cu.tolist() == [0, 3, *[8] * 7]
+
+
+def test_nothing_outlives_its_forward():
+    positions, q = torch.tensor([[0, 1, 0, 1]]), rows(1, 4)
+    mask = attention_mask(1, 4, 4)
+    first = mask.visibility(q, q, positions)[0]
+    assert mask.visibility(q, q, positions)[0] is first  # the next layer
+    positions.numpy()[:] = [[0, 0, 1, 2]]  # which counts as no change
+    assert attention_mask(1, 4, 4).visibility(q, q, positions)[0].tolist() == [0, 1, 4, 4, 4]
+    derived, positions_alive = weakref.ref(first), weakref.ref(positions)
+    del mask, first, positions
+    forward_mask._CURRENT.forward = None
+    gc.collect()
+    assert derived() is None and positions_alive() is None
+
+
+def test_masks_of_one_forward_share_what_they_derive():
+    positions, q = torch.tensor([[0, 1, 0, 1]]), rows(1, 4)
+    full, sliding = attention_mask(1, 4, 4), attention_mask(1, 4, 4, local_size=2)
+    assert full.forward is sliding.forward
+    assert full.visibility(q, q, positions)[0] is sliding.visibility(q, q, positions)[0]
+    assert attention_mask(1, 4, 4).forward is not full.forward  # layers have run: the next forward
+
+
+def test_masks_of_one_forward_with_other_padding_do_not_share():
+    positions, q = torch.tensor([[0, 1, 0, 1]]), rows(1, 4)
+    ones, zeros = torch.ones(1, 4, dtype=torch.bool), torch.tensor([[True, True, True, False]])
+    one, other = attention_mask(1, 4, 4, attention_mask=ones), attention_mask(1, 4, 4, attention_mask=zeros)
+    assert one.forward is other.forward
+    assert one.visibility(q, q, positions)[0].tolist() == [0, 2, 4, 4, 4]
+    assert other.visibility(q, q, positions)[0].tolist() == [0, 2, 3, 4, 4]
+
+
+def test_a_forward_belongs_to_its_thread():
+    found = []
+    here = attention_mask(1, 4, 4)
+    thread = threading.Thread(target=lambda: found.append(attention_mask(1, 4, 4)))
+    thread.start()
+    thread.join()
+    assert found[0].forward is not here.forward
+
+
+def test_what_must_be_read_is_read_at_once(monkeypatch):
+    """Two masks, one wait for the device, and only when a layer asks."""
+    reads, real, stack = [], real_tokens(5, 8), torch.stack
+    monkeypatch.setattr(torch, "stack", lambda tensors: reads.append(len(tensors)) or stack(tensors))
+    masks = [attention_mask(2, 8, 8, attention_mask=real, local_size=size) for size in (None, 4)]
+    assert reads == []
+    assert [mask.padding() for mask in masks for _ in range(3)] == [RUNS] * 6
+    assert reads == [2]
+
+
+def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):
+    mask = attention_mask(2, 8, 8, attention_mask=real_tokens(5, 8))
+    monkeypatch.setattr(forward_mask, "recorded", lambda tensor: True)
+    assert mask.padding() == GAPS
+    assert attention_mask(2, 8, 8, attention_mask=real_tokens(8, 8)).padding() == GAPS
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    first, second = (mask.visibility(rows(), rows(), positions)[0] for _ in range(2))
+    assert first is not second and torch.equal(first, second)
+
+
+def test_a_layer_with_other_keys_than_the_mask_is_refused():
+    mask = attention_mask(1, 8, 8)
+    mask.check(8, 8)
+    for seqlen_q, seqlen_k in ((8, 10), (8, 7), (7, 8)):
+        with pytest.raises(
+            ValueError, match=f"the layer's {seqlen_q} queries and {seqlen_k} keys, got one for 8 and 8"
+        ):
+            mask.check(seqlen_q, seqlen_k)
+
+
+@pytest.mark.parametrize("window", [None, 3])
+def test_other_code_sees_eagers_mask(window):
+    real = real_tokens(5, 8)
+    pattern = CAUSAL if window is None else masking_utils.sliding_window_causal_mask_function(window)
+    arguments = dict(
+        batch_size=2, q_length=8, kv_length=8, q_offset=0, kv_offset=0, mask_function=pattern, attention_mask=real,
+        allow_is_causal_skip=True, dtype=torch.float32, config=None, use_vmap=False, device=torch.device("cpu"),
+    )  # fmt: skip
+    mask, expected = attention_mask(**arguments, local_size=window), masking_utils.eager_mask(**arguments)
+    scores = torch.randn(2, 3, 8, 8)
+    assert torch.equal(scores + mask, scores + expected)
+    assert torch.equal(mask + scores, scores + expected)
+    assert torch.equal(torch.cat([mask, scores[:, :1]], dim=1), torch.cat([expected, scores[:, :1]], dim=1))
+    assert torch.equal(mask[:, :, -1, :], expected[:, :, -1, :])
+    assert torch.equal(mask[:, :, :, :5], expected[:, :, :, :5])
+    assert torch.equal(torch.nn.functional.pad(mask, (0, 2)), torch.nn.functional.pad(expected, (0, 2)))
+    assert torch.equal(mask.bool(), expected.bool()) and torch.equal(mask == 0, expected == 0)
+    assert mask.size(-1) == 8 and mask.dim() == mask.ndim == 4 and mask.dtype == torch.float32
+    assert torch.equal(mask.to(torch.float64), expected.double())
+
+
+def test_it_is_handed_on_whole_where_nothing_is_cut_off():
+    mask = attention_mask(1, 8, 8)
+    assert mask[:, :, :, :8] is mask and mask[..., :9] is mask
+    assert attention_mask(1, 8, 8, attention_mask=mask) is mask
+    moved = mask.to("cpu")
+    assert isinstance(moved, ForwardMask) and moved.forward is mask.forward
+    assert isinstance(mask.to(torch.device("meta"), non_blocking=True), ForwardMask)
+
+
+def test_it_is_no_tensor():
+    assert not isinstance(attention_mask(1, 8, 8), torch.Tensor)

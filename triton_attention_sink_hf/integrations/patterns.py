@@ -1,0 +1,100 @@
+"""What transformers' mask functions ask for, read from what they hand to a mask interface; the rest is refused.
+
+Refusals are decided and raised in one frame: under torch.compile an error raised while tracing makes dynamo run that
+frame plainly and compile the frames it calls, so a decision taken above the raise could be taken otherwise below it.
+"""
+
+from __future__ import annotations
+
+import sys
+
+import torch
+from torch import Tensor
+
+# The parts of transformers' patterns that are served.
+_CAUSAL_OR_FULL = {"causal_mask_function", "bidirectional_mask_function", "and_masks"}
+_WINDOW = {"sliding_window_overlay", "sliding_window_bidirectional_overlay"}
+_PACKED = {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
+# Served where the values show that they add nothing.
+_BLOCKS = {"or_masks", "blockwise_overlay"}
+_WHAT = {
+    "or_masks": "tokens that see each other in both directions inside a causal mask (images, prefixes)",
+    "or_mask": "tokens that see each other in both directions inside a causal mask (images, prefixes)",
+    "blockwise_overlay": "blocks of tokens that see each other in both directions (images)",
+    "chunked_overlay": "chunked attention (attention_chunk_size)",
+}
+
+
+def refuse_pattern(what: str) -> None:
+    raise ValueError(
+        f"the model's mask must be causal, bidirectional, sliding or padded, got {what}: use "
+        "attn_implementation='eager' (or 'sdpa' where the model has no sinks)"
+    )
+
+
+def check_pattern(mask_function, kwargs: dict) -> tuple[bool, Tensor | None]:
+    """Whether the pattern may be packed, and the block numbers (B, S) that must all be negative (None: no blocks).
+
+    Args:
+        mask_function: transformers' description of the pattern, or None.
+        kwargs: what came with it.
+
+    Raises:
+        ValueError: a pattern that one interval of keys a query cannot express.
+    """
+    if kwargs.get("use_vmap"):
+        refuse_pattern("a mask function of the user's or of the model's own (or_mask_function, and_mask_function)")
+    config, local_size = kwargs.get("config"), kwargs.get("local_size")
+    chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
+    if local_size is not None and local_size == chunk and local_size != window:
+        refuse_pattern("chunked attention (attention_chunk_size)")
+    if mask_function is None:
+        return False, None
+    if torch.compiler.is_compiling():  # which shows a function's name, not what it closes over
+        name = mask_function.__name__
+        if name not in ("causal_mask_function", "bidirectional_mask_function", "and_mask", "inner_mask"):
+            refuse_pattern(_WHAT.get(name, f"a mask made by {name}"))
+        if local_size is not None and local_size == chunk:
+            refuse_pattern("a window that may be chunked attention: attention_chunk_size equals sliding_window")
+        return name == "and_mask", None
+    parts = _parts(mask_function)
+    for name in parts:
+        if name not in _CAUSAL_OR_FULL | _WINDOW | _PACKED | _BLOCKS:
+            refuse_pattern(_WHAT.get(name, f"a mask made by {name}"))
+    blocks = parts.get("blockwise_overlay")
+    if "or_masks" in parts and not isinstance(blocks, Tensor):
+        refuse_pattern(_WHAT["or_masks"])
+    return not _PACKED.isdisjoint(parts), blocks
+
+
+def refuse_own_attention(config) -> None:
+    """Raise for a model that asks for our mask but computes attention itself."""
+    if config is not None and not _calls_attention_functions(type(config).__module__):
+        raise ValueError(
+            f"attn_implementation must be 'eager' for models of {type(config).__name__}, got "
+            "'triton_attention_sink': they compute attention themselves and call no attention function"
+        )
+
+
+@torch.compiler.assume_constant_result
+def _calls_attention_functions(configuration: str) -> bool:
+    """Whether the model file beside a configuration file of transformers knows its attention functions."""
+    modeling = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))
+    if modeling is None or not configuration.startswith("transformers.models."):
+        return True  # code of others may reach them in other ways
+    return hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
+
+
+def _parts(mask_function) -> dict[str, object]:
+    """The functions of transformers.masking_utils that a pattern is composed of: name -> the tensor it closes over."""
+    parts, todo = {}, [mask_function]
+    while todo:
+        function = todo.pop()
+        name = getattr(function, "__qualname__", repr(function)).split(".")[0]
+        parts.setdefault(name, None)
+        for cell in getattr(function, "__closure__", None) or ():
+            content = cell.cell_contents
+            if isinstance(content, Tensor):
+                parts[name] = content
+            todo += [x for x in (content if isinstance(content, tuple) else (content,)) if callable(x)]
+    return parts
