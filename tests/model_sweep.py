@@ -28,6 +28,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 import torch
 import transformers
+from transformers import masking_utils
 from transformers.models.auto import modeling_auto
 
 import triton_attention_sink_hf
@@ -109,6 +110,7 @@ BERT = {"model_type": "bert", "vocab_size": VOCAB, "hidden_size": 64, "intermedi
 BERT_DECODER = {**BERT, "is_decoder": True, "add_cross_attention": True}
 ENCODER_DECODER = {"decoder": BERT_DECODER, "decoder_start_token_id": 2, "pad_token_id": 0}
 OVERRIDES: dict[str, dict] = {
+    "BambaConfig": {"attn_layer_indices": [1]},
     "BltConfig": {"encoder_hash_byte_group_vocab": VOCAB},
     "BltLocalDecoderConfig": {"hidden_size_global": 64},
     "BltLocalEncoderConfig": {"hidden_size_global": 64},
@@ -500,6 +502,7 @@ class Pair:
         packed = self.inputs(ids, kept.long() if dropped else None, position_ids)
         if cache:
             packed.pop("use_cache", None)
+            of_eager(lambda: evaluate(self.eager, [(packed, kept)], gradients=False))
         if axes:
             packed[self.inputs.positions] = position_ids.expand(axes, -1, -1)
         verdict = self.compare(alone, [(packed, kept)])
@@ -536,26 +539,19 @@ class Pair:
         if difference(found, evaluate(self.eager, [(kwargs, kept)], gradients=False)) < TOLERANCE and not Seen.cuts:
             return "n/a: own attention" if not Seen.calls else "n/a: neither the mask nor attention is told of the cuts"
         segments = (position_ids == 0).cumsum(-1)
-        block = (segments[:, None, :, None] == segments[:, None, None, :]) & kept[:, None, None, :]
-        if self.causal():
-            block = block.tril()
-        block = block | torch.eye(kept.shape[1], dtype=torch.bool)
-        kwargs[self.inputs.mask] = torch.zeros(block.shape).masked_fill(~block, torch.finfo(torch.float32).min)
+        other = segments[:, None, :, None] != segments[:, None, None, :]
+
+        def cut(**options):
+            dense = masking_utils.eager_mask(**{**options, "allow_is_bidirectional_skip": False})
+            return dense.masked_fill(other, torch.finfo(dense.dtype).min)
+
+        transformers.AttentionMaskInterface.register("eager", cut)
         try:
             dense = evaluate(self.eager, [(kwargs, kept)], gradients=False)
-        except Exception:
-            return verdict
-        if difference(found, dense) < TOLERANCE:
-            return "n/a: layers that are not attention mix samples"
-        return verdict
-
-    def causal(self) -> bool:
-        ids = tokens(1, 9)
-        other = ids.clone()
-        other[0, -1] += 1
-        keep = torch.arange(9)[None] < 5
-        pair = [evaluate(self.eager, [(self.inputs(x), keep)], gradients=False) for x in (ids, other)]
-        return difference(*pair) < TOLERANCE
+        finally:
+            transformers.AttentionMaskInterface.register("eager", masking_utils.eager_mask)
+        mixed = difference(found, dense) < TOLERANCE
+        return "n/a: layers that are not attention mix samples" if mixed else verdict
 
     def generate(self, **kwargs) -> str:
         if not self.eager.can_generate():
