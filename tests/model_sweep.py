@@ -145,6 +145,9 @@ OVERRIDES: dict[str, dict] = {
     "Emu3Config": {"vocabulary_map": {"<image>": 85}},
     "ReformerConfig": {"axial_pos_embds": False},
     "Qwen2VLTextConfig": {"rope_parameters": MROPE},
+    "Qwen3VLTextConfig": {"rope_parameters": MROPE},
+    "Qwen3VLMoeTextConfig": {"rope_parameters": MROPE},
+    "Qwen3OmniMoeTextConfig": {"rope_parameters": MROPE},
     "Qwen2_5_VLTextConfig": {"rope_parameters": MROPE},
     "Qwen2_5OmniTextConfig": {"rope_parameters": MROPE},
     "PaddleOCRTextConfig": {"rope_parameters": MROPE},
@@ -340,7 +343,7 @@ class Inputs:
         if "return_dict" in self.names:
             kwargs["return_dict"] = True
         if self.two_sided:
-            kwargs |= self.encoder(batch, mask)
+            kwargs |= self.encoder(batch, mask if position_ids is None else None)
             kwargs["decoder_input_ids"] = ids
         else:
             kwargs |= EXTRA_INPUTS.get(type(self.model).__name__, lambda ids: {})(ids)
@@ -543,6 +546,8 @@ class Pair:
 
         def cut(**options):
             dense = masking_utils.eager_mask(**{**options, "allow_is_bidirectional_skip": False})
+            if dense.shape[-2:] != other.shape[-2:]:  # cross-attention
+                return dense
             return dense.masked_fill(other, torch.finfo(dense.dtype).min)
 
         transformers.AttentionMaskInterface.register("eager", cut)
