@@ -1,9 +1,10 @@
-"""One actor step of a gpt-oss on long packed rows: ours, Hugging Face's eager and FlexAttention, on one card.
+"""One actor step of a gpt-oss on long packed rows: ours and Hugging Face's eager, FlexAttention and FlashAttention-4.
 
     python benchmarks/long_context.py --output OUT             # verl's actor worker if verl is there, else plain HF
     python benchmarks/long_context.py --output OUT --smoke     # tiny, on a CPU
     python benchmarks/long_context.py --output OUT --worker hf # times: without flash-attn's cross entropy verl's worker
                                                                # spends seconds on log-probs, token by token
+    python benchmarks/long_context.py --output OUT --extra-path FOLDER   # FlashAttention-4 (flash-attn-4) from there
 
 A random gpt-oss with the attention of the real one (64/8 heads of 64, window 128 in every other layer, sinks from -10
 to 20) and small experts, so that attention is most of the work. Every token goes to every expert: no routing can flip.
@@ -13,7 +14,8 @@ Hugging Face model with bf16 parameters under autocast, which is what FSDP2 hand
 
 Each implementation gets: the errors of its log-probs and gradients against fp32 eager, one sample at a time; the time
 of a step; its peak memory; and the longest single sample that fits. Eager and FlexAttention get a mask that cuts the
-samples, which gpt-oss in transformers does not give them: without it they are fast and wrong. The yardstick is
+samples, which gpt-oss in transformers does not give them: without it they are fast and wrong. FlashAttention-4 is
+``attn_implementation: flash_attention_4`` as it comes, left out where flash-attn-4 is not there. The yardstick is
 eager by the same worker, one sample and one key head at a time. What fails is recorded as such, and the run goes on.
 """
 
@@ -25,7 +27,7 @@ import importlib.metadata
 import json
 import math
 import os
-import platform
+import site
 import sys
 import tempfile
 import time
@@ -37,7 +39,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 import packed_peers
 import torch
 from actor_step import DEVICE, Batch, HuggingFaceWorker, VerlWorker, uneven, write_model
-from packed_peers import NAMES, YARDSTICK
+from packed_peers import FLASH, NAMES, YARDSTICK, missing
 from torch import Tensor
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
@@ -234,22 +236,22 @@ class Run:
 
 def environment(kind: str) -> dict:
     """What a reader needs to judge a number."""
-    found = {"card": "CPU", "torch": torch.__version__, "python": platform.python_version()}
-    if DEVICE == "cuda":
-        from triton_attention_sink_hf.bench.measure import environment as of_the_card
+    from triton_attention_sink_hf.bench.measure import environment as of_the_card
 
-        found = of_the_card()
-    versions = {
-        name: importlib.metadata.version(name) for name in ("transformers", *(["verl"] if kind == "verl" else []))
-    }
-    return {"worker": kind, **found, **versions}
+    names = ("transformers", *(["verl"] if kind == "verl" else []), *([] if FLASH in missing() else ["flash-attn-4"]))
+    return {"worker": kind, **of_the_card(), **{name: importlib.metadata.version(name) for name in names}}
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--output", type=Path, required=True, help="folder for long_context.json")
     parser.add_argument("--tokens", type=int, nargs="+", default=[16384, 32768], help="tokens per micro-batch")
-    parser.add_argument("--implementations", nargs="+", default=["ours", "eager", "FlexAttention"], choices=NAMES)
+    parser.add_argument(
+        "--implementations",
+        nargs="+",
+        choices=NAMES,
+        help="default: ours, eager, and FlexAttention and FlashAttention-4 if there",
+    )
     parser.add_argument("--worker", choices=("auto", "verl", "hf"), default="auto")
     parser.add_argument("--repeats", type=int, default=5, help="timed steps per implementation")
     parser.add_argument("--start", type=int, default=4096, help="first length of the search for the longest sample")
@@ -260,14 +262,16 @@ def parse() -> argparse.Namespace:
     arguments = parser.parse_args()
     if arguments.smoke:
         arguments.tokens, arguments.start, arguments.limit, arguments.repeats = [192, 320], 64, 256, 2
-        if DEVICE == "cpu":  # transformers' FlexAttention refuses sinks there
-            arguments.implementations = [name for name in arguments.implementations if name != "FlexAttention"]
     return arguments
 
 
 def main() -> None:
     arguments = parse()
-    sys.path[:0] = [str(path) for path in arguments.extra_path]
+    for path in reversed(arguments.extra_path):
+        sys.path.insert(0, str(path))
+        site.addsitedir(str(path))  # for its .pth files
+    if not arguments.implementations:
+        arguments.implementations = [name for name in NAMES if name not in (YARDSTICK, *missing())]
     make, kind = HuggingFaceWorker, "hf"
     if arguments.worker != "hf":
         try:

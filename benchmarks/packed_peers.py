@@ -1,7 +1,8 @@
 """Other attentions that are right for packed gpt-oss rows, each as a function that transformers calls for every layer.
 
 transformers' own eager and FlexAttention code, given what gpt-oss in transformers does not give it: a mask that cuts
-the samples, made from ``position_ids`` once per forward. Nothing here uses this package.
+the samples, made from ``position_ids`` once per forward. FlashAttention-4 is transformers' own too and needs no mask:
+it cuts the samples in each layer. Nothing here uses this package.
 """
 
 from __future__ import annotations
@@ -13,7 +14,9 @@ import torch
 from torch import Tensor
 
 YARDSTICK = "eager by sample"
+FLASH = "FlashAttention-4"
 NAMES = {"ours": "triton_attention_sink", "eager": "bench_dense", "FlexAttention": "bench_blocks"}
+NAMES[FLASH] = "flash_attention_4"
 NAMES[YARDSTICK] = "bench_by_key_head"
 
 
@@ -26,6 +29,18 @@ def register() -> None:
     for name, function in {"eager": dense, "FlexAttention": blocks, YARDSTICK: by_key_head}.items():
         AttentionInterface.register(NAMES[name], function)
         AttentionMaskInterface.register(NAMES[name], lambda *args, **kwargs: None)
+
+
+def missing() -> list[str]:
+    """The names that cannot be used here. Packages must be on sys.path before anything imports transformers."""
+    try:
+        from transformers.utils import is_flash_attn_4_available
+
+        flash = is_flash_attn_4_available()
+    except ImportError:  # transformers before 5.10
+        flash = False
+    # transformers' FlexAttention refuses sinks on a CPU
+    return ([] if flash else [FLASH]) + ([] if torch.cuda.is_available() else ["FlexAttention"])
 
 
 _masks: dict = {}

@@ -108,13 +108,15 @@ def short_window(case: Case) -> bool:
     """Whether the window kernels serve ``case`` too."""
     plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.lengths_k is None
     short = case.causal and 0 <= case.window[0] <= 128
-    return plain and short and case.dtype in (torch.bfloat16, torch.float16) and max(case.dims) <= 128
+    dims = all(size % 8 == 0 and 16 <= size <= 128 for size in case.dims)
+    return plain and short and dims and case.dtype in (torch.bfloat16, torch.float16)
 
 
 def hopper(case: Case) -> bool:
     """Whether the Hopper kernels serve ``case`` on their card."""
     plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.scale > 0.0
-    return plain and case.layout in ("bshd", "bhsd") and case.dtype != torch.float32 and max(case.dims) > 32
+    dims = max(case.dims) > 32 and all(size % 8 == 0 for size in case.dims)
+    return plain and dims and case.layout in ("bshd", "bhsd") and case.dtype != torch.float32
 
 
 def cu_seqlens(lengths: tuple[int, ...], device: str = "cpu") -> Tensor:

@@ -50,6 +50,7 @@ CASES = {
     "narrow padding softcap": Case(1024, heads=(8, 8), head_dim=64, dtype=BF16, padding="left", softcap=9.0),
     "medium": Case(1024, heads=(32, 8), head_dim=128, dtype=BF16, sinks=None),
     "medium D 80": Case(1024, heads=(32, 8), head_dim=80, dtype=BF16, window=(127, 0), layout="bhsd"),
+    "window D 40/128": Case(1024, heads=(8, 1), head_dim=(40, 128), dtype=BF16, window=(127, 0), sinks=None),
     "wide 192/128": Case(1024, heads=(64, 4), head_dim=(192, 128), dtype=BF16, window=(127, 0)),
     "wide 256 padding": Case(1024, heads=(16, 4), head_dim=256, dtype=BF16, padding="left", softcap=9.0, dlse=True),
     "fp32 narrow": Case(1024, heads=(64, 8), head_dim=64, dtype=FP32, window=(127, 0), lengths_q=LENGTHS),

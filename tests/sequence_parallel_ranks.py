@@ -42,7 +42,8 @@ class Case:
     kv_heads: of 8 query heads. rows: lengths of the packed samples, per row of the batch.
     tail: position_ids of the padding: "restart" from 0 as verl's, "two" such runs, or "zeros".
     recompute: activation checkpointing: None, "reentrant" or "saved_tensors". fsdp: FSDP2 over all four ranks.
-    outside: backward runs after the ``with``. exchange: False: as if the attention knew nothing of it.
+    outside: backward runs after the ``with``. between: and after a forward of whole rows with the same position_ids.
+    exchange: False: as if the attention knew nothing of it.
     """
 
     size: int
@@ -52,13 +53,14 @@ class Case:
     recompute: str | None = None
     fsdp: bool = False
     outside: bool = False
+    between: bool = False
     exchange: bool = True
 
     @property
     def name(self) -> str:
         parts = [f"sp{self.size}", f"kv{self.kv_heads}", *("_".join(map(str, row)) for row in self.rows)]
         parts += [self.tail, self.recompute]
-        parts += [word for word in ("fsdp", "outside") if getattr(self, word)]
+        parts += [word for word in ("fsdp", "outside", "between") if getattr(self, word)]
         return "-".join([part for part in parts if part] + ([] if self.exchange else ["alone"]))
 
 
@@ -68,6 +70,7 @@ EXACT = [
     *(Case(4, rows=(SHORT,), tail=tail) for tail in ("restart", "two", "zeros")),
     Case(2, rows=(BESIDE, FAR)),
     *(Case(4, recompute=how, outside=outside) for how in ("reentrant", "saved_tensors") for outside in (False, True)),
+    *(Case(2, recompute=how, outside=True, between=True) for how in ("reentrant", "saved_tensors")),
     *(Case(size, fsdp=True, recompute="saved_tensors") for size in (2, 4)),
 ]
 ALONE = [Case(size, rows=(lengths,), exchange=False) for size in (2, 4) for lengths in (BESIDE, FAR)]
@@ -175,6 +178,9 @@ def measure(case: Case, groups: dict[int, dist.ProcessGroup]) -> dict:
             loss = (log_probs * batch["weights"]).sum()
             if not case.outside:
                 loss.backward()
+        if case.between:
+            with torch.no_grad():
+                model(batch["ids"], position_ids=batch["positions"], use_cache=False)
         if case.outside:
             loss.backward()
 

@@ -11,9 +11,10 @@ import pytest
 import torch
 from typer.testing import CliRunner
 
-from triton_attention_sink_hf import attention_sink, checks, interface
+from triton_attention_sink_hf import attention_sink, checks, interface, processes
 from triton_attention_sink_hf.cli import app
 from triton_attention_sink_hf.cli import doctor as doctor_command
+from triton_attention_sink_hf.cli import export as export_command
 from triton_attention_sink_hf.cli.export import write
 
 ROOT = Path(__file__).parent.parent
@@ -142,6 +143,14 @@ def test_demo_trains_as_eager_does():
     assert "PASS" in result.stdout
 
 
+@pytest.mark.parametrize("attention", ["nothing", "/nowhere/triton_attention_sink_hf", ""])
+def test_demo_refuses_an_unknown_attention(attention):
+    result = invoke("demo", "--steps", "1", "--attention", attention)
+    assert result.exit_code == 2
+    (sentence,) = result.stderr.strip().splitlines()
+    assert "attention must be a name that transformers knows" in sentence and repr(attention) in sentence
+
+
 def test_demo_fails_when_the_sinks_are_not_trained(monkeypatch):
     from triton_attention_sink_hf import flash_attention_triton_sink as wrapper
 
@@ -206,16 +215,216 @@ def test_export_stands_alone_and_beside_the_package(tmp_path):
     assert done.returncode == 0, done.stderr
 
 
-def test_export_replaces_its_own_folder_only(tmp_path):
-    build = write(tmp_path / "kernel")
-    (build / "stale.py").touch()
-    write(tmp_path / "kernel")
-    assert not (build / "stale.py").exists()
-    (tmp_path / "mine").mkdir()
-    (tmp_path / "mine" / "thesis.tex").touch()
-    result = invoke("export", str(tmp_path / "mine"))
+def refused(folder: Path) -> str:
+    """The sentence of an export that must not happen."""
+    result = invoke("export", str(folder))
     assert result.exit_code == 2
-    assert [file.name for file in (tmp_path / "mine").iterdir()] == ["thesis.tex"]
+    (sentence,) = result.stderr.strip().splitlines()
+    return sentence
+
+
+def contents(folder: Path) -> dict[str, bytes | str]:
+    """Every file below a folder with its bytes, every link with its target."""
+    found = {}
+    for path in sorted(folder.rglob("*")):
+        if path.is_symlink():
+            found[str(path)] = str(path.readlink())
+        elif path.is_file():
+            found[str(path)] = path.read_bytes()
+    return found
+
+
+def test_another_export_replaces_what_export_wrote(tmp_path, monkeypatch):
+    build = write(tmp_path / "kernel")
+    monkeypatch.setattr(export_command, "SOURCES", (*export_command.SOURCES, "verify.py"))
+    monkeypatch.setattr(export_command, "CARD", "another card")
+    write(tmp_path / "kernel")
+    assert (build / "verify.py").exists()
+    monkeypatch.undo()
+    write(tmp_path / "kernel")
+    assert not (build / "verify.py").exists()  # no longer part of it, and as export wrote it
+    write(tmp_path / "new")
+    again, new = contents(tmp_path / "kernel"), contents(tmp_path / "new")
+    assert [*again.values()] == [*new.values()]
+
+
+@pytest.mark.parametrize("name", ["thesis.tex", "README.md", ".git/HEAD", "build/torch-universal/metadata.json"])
+def test_export_needs_a_folder_of_its_own(tmp_path, name):
+    (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+    (tmp_path / name).write_text("mine")
+    before = contents(tmp_path)
+    assert "DIR must be new, empty or an earlier export" in refused(tmp_path)
+    assert contents(tmp_path) == before
+
+
+def test_export_leaves_other_files_alone(tmp_path):
+    build = write(tmp_path / "kernel")
+    for name in ("LICENSE", ".git/HEAD", "build/torch-universal/keep.py", "build/torch-cuda/__init__.py"):
+        (tmp_path / "kernel" / name).parent.mkdir(exist_ok=True)
+        (tmp_path / "kernel" / name).write_text("mine")
+    before = contents(tmp_path)
+    write(tmp_path / "kernel")
+    assert contents(tmp_path) == before and (build / "keep.py").exists()
+
+
+@pytest.mark.parametrize(
+    "name", ["README.md", "build/torch-universal/ops.py", "build/torch-universal/metadata.json", "export.json"]
+)
+@pytest.mark.parametrize("text", ["mine", "[1]", "{}", '{"../precious": "0"}', '{"README.md": 1}'])
+def test_export_does_not_replace_what_was_changed_since(tmp_path, name, text):
+    write(tmp_path / "kernel")
+    (tmp_path / "precious").write_text("precious")
+    (tmp_path / "kernel" / name).write_text(text)
+    before = contents(tmp_path)
+    assert name in refused(tmp_path / "kernel") or "earlier export" in refused(tmp_path / "kernel")
+    assert contents(tmp_path) == before
+
+
+LINKS = ["README.md", "export.json", "build", "build/torch-universal", "build/torch-universal/implementations"]
+
+
+@pytest.mark.parametrize("name", [*LINKS, "build/torch-universal/ops.py"])
+@pytest.mark.parametrize("target", ["moved", "copied", "dangling"])
+def test_export_follows_no_link(tmp_path, name, target):
+    """To what export wrote, moved elsewhere; to something else; to nothing."""
+    write(tmp_path / "kernel")
+    path, elsewhere = tmp_path / "kernel" / name, tmp_path / "elsewhere"
+    is_folder = path.is_dir()
+    path.rename(elsewhere)
+    if target == "copied":
+        elsewhere.rename(tmp_path / "away")
+        elsewhere.mkdir() if is_folder else elsewhere.write_text("precious")
+    if target == "dangling":
+        elsewhere.rename(tmp_path / "away")
+    if elsewhere.is_dir():
+        (elsewhere / "keep.txt").write_text("keep")
+    path.symlink_to(elsewhere)
+    before = contents(tmp_path)
+    assert "must not be a link" in refused(tmp_path / "kernel")
+    assert contents(tmp_path) == before
+
+
+def test_export_does_not_write_into_a_file_with_two_names(tmp_path, monkeypatch):
+    write(tmp_path / "kernel")
+    (tmp_path / "also").hardlink_to(tmp_path / "kernel" / "README.md")
+    before = (tmp_path / "also").read_text()
+    monkeypatch.setattr(export_command, "CARD", "another card")
+    write(tmp_path / "kernel")
+    assert (tmp_path / "also").read_text() == before
+    assert (tmp_path / "kernel" / "README.md").read_text() == "another card"
+
+
+def test_export_where_nothing_can_be_written(tmp_path):
+    (tmp_path / "file").write_text("mine")
+    assert "must be a folder, got a file" in refused(tmp_path / "file")
+    assert refused(tmp_path / "file" / "below")
+    assert contents(tmp_path) == {str(tmp_path / "file"): b"mine"}
+
+
+# bench
+
+
+def test_bench_says_what_it_lacks():
+    if torch.cuda.is_available():
+        pytest.skip("needs a machine without a GPU")
+    result = invoke("bench")
+    assert result.exit_code == 2 and result.stderr.strip() == "bench needs a GPU that torch can use; none was found"
+
+
+@pytest.fixture
+def gpu_for_bench(monkeypatch):
+    """bench believes in a GPU and times nothing."""
+    from triton_attention_sink_hf.bench import measure
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(measure, "environment", lambda: {"card": "a", "torch": "b", "triton": "c", "date": "d"})
+    monkeypatch.setattr(measure, "ceilings", lambda: {"copy_tb_s": 3.0, "matmul_tflop_s": 700.0})
+    monkeypatch.setattr(measure, "measure", lambda case, names, log: [])
+
+
+def test_bench_replaces_its_own_results_alone(tmp_path, gpu_for_bench):
+    def bench(*arguments):
+        return invoke("bench", "--cases", "full-2k", "--no-plots", "--output", str(tmp_path / "out"), *arguments)
+
+    for arguments in ([], [], ["--resume"]):
+        assert bench(*arguments).exit_code == 0
+    results = tmp_path / "out" / "bench.json"
+    assert json.loads(results.read_text())["environment"]["card"] == "a"
+    (tmp_path / "out" / "mine.txt").write_text("mine")
+    assert bench().exit_code == 0
+    text = results.read_text()
+    results.write_text(text + " ")  # a note, say
+    for arguments in ([], ["--resume"]):
+        before = contents(tmp_path)
+        result = bench(*arguments)
+        assert result.exit_code == 2 and "changed since" in result.stderr
+        assert contents(tmp_path) == before
+    results.rename(tmp_path / "precious")
+    results.symlink_to(tmp_path / "precious")
+    before = contents(tmp_path)
+    result = bench()
+    assert result.exit_code == 2 and "must not be a link" in result.stderr
+    assert contents(tmp_path) == before
+
+
+@pytest.mark.parametrize("name", ["bench.json", "forward.png", "backward.png"])
+def test_bench_does_not_replace_other_files(tmp_path, gpu_for_bench, name):
+    pytest.importorskip("matplotlib")
+    (tmp_path / name).write_text("mine")
+    result = invoke("bench", "--cases", "full-2k", "--output", str(tmp_path))
+    assert result.exit_code == 2 and name in result.stderr and len(result.stderr.strip().splitlines()) == 1
+    assert contents(tmp_path) == {str(tmp_path / name): b"mine"}
+
+
+@pytest.mark.parametrize("arguments", [("--cases", "nothing"), ("--implementations", "ours,nothing")])
+def test_bench_refuses_what_it_does_not_know(gpu_for_bench, arguments):
+    result = invoke("bench", *arguments)
+    assert result.exit_code == 2 and "nothing" in result.stderr
+
+
+# Processes that the package starts
+
+
+PROBE = """
+import json, sys
+import triton_attention_sink_hf as package
+print(json.dumps({"package": package.__file__, "name": __name__, "argv": sys.argv[1:]}))
+"""
+
+
+@pytest.mark.parametrize("environment", [{}, {"PYTHONPATH": "."}, {"PYTHONPATH": "HERE"}, {"PYTHONSAFEPATH": "1"}])
+def test_a_process_imports_what_this_one_does(tmp_path, environment, monkeypatch):
+    """Whatever lies in the current folder or on PYTHONPATH: modules of the same names, another copy of the package."""
+    for name in ("numpy", "torch", "json", "runpy", "importlib", "typing"):
+        (tmp_path / f"{name}.py").write_text("raise SystemExit('from the current folder')")
+    (tmp_path / "triton_attention_sink_hf").mkdir()
+    for name in ("__init__", "checks", "probe"):
+        (tmp_path / "triton_attention_sink_hf" / f"{name}.py").write_text("raise SystemExit('another copy')")
+    copy = tmp_path / "mine" / "triton_attention_sink_hf"
+    copy.mkdir(parents=True)
+    (copy / "__init__.py").write_text("")
+    (copy / "probe.py").write_text(PROBE)
+    monkeypatch.setattr(processes, "PACKAGE", copy)
+    command = processes.module_command("probe", "--an", "option")
+    inherited = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "PYTHONSAFEPATH")}
+    if environment.get("PYTHONPATH") == "HERE":
+        environment = {"PYTHONPATH": str(tmp_path)}
+    if "PYTHONPATH" in environment:
+        (tmp_path / "json.py").unlink()  # site itself may import from PYTHONPATH, before anyone can say otherwise
+        (tmp_path / "importlib.py").unlink()
+        (tmp_path / "typing.py").unlink()
+    done = subprocess.run(command, env=inherited | environment, capture_output=True, text=True, cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    found = json.loads(done.stdout)
+    assert found == {"package": str(copy / "__init__.py"), "name": "__main__", "argv": ["--an", "option"]}
+
+
+def test_nothing_starts_python_by_a_module_name():
+    """``python -m`` and ``-c`` look into the current folder first; module_command does not."""
+    for file in (ROOT / "triton_attention_sink_hf").rglob("*.py"):
+        if file.name != "processes.py":
+            text = file.read_text()
+            assert '"-m"' not in text and "sys.executable" not in text, file
 
 
 def test_the_kernels_package_loads_the_export(tmp_path, monkeypatch):

@@ -30,11 +30,11 @@ SPILLED, SPILLED_FP32 = 32, 288
 SPILLED_MEASURED = {"sm90": 256}
 
 
-def _compile(target: str, *arguments: str) -> list[dict]:
+def _compile(target: str, *arguments: str, script: str = "compile_target.py") -> list[dict]:
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))
     done = subprocess.run(
-        [sys.executable, TESTS / "compile_target.py", target, *arguments],
+        [sys.executable, TESTS / script, target, *arguments],
         capture_output=True, text=True, env=environment,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr[-4000:]
@@ -69,3 +69,28 @@ def test_compiles_and_fits(target):
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_everything_compiles_and_fits(target):
     _check(target, _compile(target))
+
+
+def _check_grid(target: str, *part: str) -> None:
+    rows = _compile(target, *part, script="compile_grid.py")
+    assert len({row["case"] for row in rows}) > 5
+    limit = SHARED_MEMORY["sm86" if target == "sm80" else target]  # whose configs are the same
+    wrong = [row for row in rows if row["shared"] > limit]
+    assert not wrong, "\n".join(map(str, wrong))
+
+
+@pytest.mark.parametrize("target", ["sm80", "sm90"])
+def test_a_sample_of_all_head_dimensions_fits(target):
+    _check_grid(target, "7", "331")
+
+
+@pytest.mark.exhaustive
+@pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "sm120"])
+def test_all_head_dimensions_fit(target):
+    _check_grid(target)
+
+
+def test_wide_values_under_a_short_window_fit():
+    """D 40, Dv 128: depth of the pipeline must follow the wider of both."""
+    row = next(row for row in _compile("sm90", "window D 40/128") if row["kernel"] == "_window_bwd_dq_kernel")
+    assert row["shared"] <= SHARED_MEMORY["sm90"]

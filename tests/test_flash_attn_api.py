@@ -2,6 +2,7 @@
 
 import inspect
 
+import numpy
 import pytest
 import torch
 
@@ -41,6 +42,39 @@ def test_func_is_differentiable_in_the_sinks():
 def test_defaults_are_flash_attns():
     q, k, v = inputs()
     torch.testing.assert_close(flash_attn_func(q, k, v), attention_sink(q, k, v, causal=False), rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("function", [flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache])
+@pytest.mark.parametrize(
+    "window_size",
+    [[2, 1], torch.tensor([2, 1]), torch.tensor([2, 1], dtype=torch.int32), numpy.array([2, 1]),
+     (numpy.int64(2), torch.tensor(1)), [numpy.int32(2), 1]],
+    ids=str,
+)  # fmt: skip
+def test_windows_in_every_form(function, window_size):
+    """Whatever flash-attn's callers pass for a pair of ints."""
+    q, k, v = inputs()
+    arguments = {}
+    if function is flash_attn_varlen_func:
+        cu = torch.tensor([0, 7, 18], dtype=torch.int32)
+        q, k, v, arguments = *(x.flatten(0, 1) for x in (q, k, v)), dict(cu_seqlens_q=cu, cu_seqlens_k=cu)
+    want = function(q, k, v, window_size=(2, 1), s_aux=SINKS, **arguments)
+    assert torch.equal(function(q, k, v, window_size=window_size, s_aux=SINKS, **arguments), want)
+    assert not torch.equal(function(q, k, v, s_aux=SINKS, **arguments), want)
+
+
+@pytest.mark.parametrize(
+    "window_size", [128, None, (1, 2, 3), torch.tensor([1.0, 2.0]), numpy.array(3), (1.5, 0)], ids=str
+)
+def test_windows_that_are_no_pair_of_ints(window_size):
+    with pytest.raises(TypeError, match="window_size must be a pair"):
+        flash_attn_func(*inputs(), window_size=window_size)
+
+
+def test_windows_beyond_32_bits():
+    """What means "unlimited" in configs."""
+    for window_size in ((2**31 - 1, 2**31 - 1), torch.tensor([2**31 - 1, 2**40])):
+        assert torch.equal(flash_attn_func(*inputs(), window_size=window_size), flash_attn_func(*inputs()))
 
 
 def test_varlen_func():

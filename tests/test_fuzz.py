@@ -17,7 +17,7 @@ pytestmark = [
 def cases(draw) -> Case:
     heads_k = draw(st.sampled_from([1, 2]))
     heads = (heads_k * draw(st.sampled_from([1, 2, 3, 4, 6])), heads_k)
-    size = st.sampled_from([16, 24, 32, 40])
+    size = st.sampled_from([1, 4, 8, 15, 16, 24, 32, 33, 40])
     window = draw(st.sampled_from([(-1, -1), (0, 0), (7, 3), (20, -1), (-1, 5), (1000, 0)]))
     common = {
         "heads": heads,

@@ -2,6 +2,11 @@
 
 import gc
 import random
+import traceback
+import warnings
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -101,6 +106,77 @@ def test_random_lengths(mask, head_dim):
         for implementation in implementations(case):
             results = run(case, inputs, implementation)
             assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
+
+
+@pytest.mark.parametrize("head_dim", [64, 96, 128, (192, 128), 256])
+@pytest.mark.parametrize("mask", ["causal", "bidirectional", "window"])
+def test_packed_rows_of_as_many_entries_as_tokens(mask, head_dim):
+    """What a Hugging Face row hands over: T + 1 entries, most of them empty segments. Short segments share tiles."""
+    pick = random.Random(f"{mask} {head_dim}")
+    features = {"causal": {}, "bidirectional": {"causal": False}, "window": {"window": (300, 0)}}[mask]
+    for seed, sizes in enumerate((((1, 41),), ((1, 41), (200, 1500)), ((1, 41), (1, 41), (1, 300), (200, 1500)))):
+        lengths = []
+        while sum(lengths) < 2500:
+            lengths.append(pick.randrange(*pick.choice(sizes)))
+        total = sum(lengths)
+        case = Case(
+            total, heads=(8, 2), head_dim=head_dim, dtype=BF16, dlse=seed == 1,
+            lengths_q=(*lengths, *(0,) * (total - len(lengths))), **features,
+        )  # fmt: skip
+        inputs = make_inputs(case, "cuda", seed)
+        few = cu_seqlens(tuple(lengths), "cuda")
+        assert inputs.mask.cu_seqlens_q.numel() == total + 1
+        same = replace(inputs, mask=replace(inputs.mask, cu_seqlens_q=few, cu_seqlens_k=few))
+        answers = {
+            str(explain(inputs.q[0], inputs.k[0], inputs.v[0], cu_seqlens_q=cu, cu_seqlens_k=cu))
+            for cu in (few, inputs.mask.cu_seqlens_q)
+        }
+        assert len(answers) == 1
+        if "triton_hopper" in implementations(case):
+            assert answers.pop().startswith("triton_hopper serves this call")
+        for implementation in implementations(case):
+            results = run(case, inputs, implementation)
+            assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
+            again = run(case, same, implementation)
+            for key, value in results.items():
+                if max(case.dims) > 128:
+                    assert torch.equal(value, again[key]), (implementation, key)
+                else:
+                    _assert_repeated(value, again[key], implementation, key)
+
+
+FAR_BELOW = (-1e9, -1e10, -1e30, torch.finfo(BF16).min, torch.finfo(FP32).min, float("-inf"), 0.0, 5.0)
+SINK_CASES = {
+    "window": Case(1100, head_dim=64, window=(127, 0)),
+    "window packed": Case(1100, head_dim=64, window=(127, 0), lengths_q=(700, 5, 395)),
+    "window dlse": Case(1100, head_dim=64, window=(127, 0), dlse=True),
+    **{f"full {d}": Case(500, head_dim=d, dlse=True) for d in (64, 128, (192, 128), 256)},
+    **{f"packed {d}": Case(500, head_dim=d, lengths_q=(3, 450, 20)) for d in (64, 128, (192, 128), 256)},
+    **{f"more queries {d}": Case(500, 300, head_dim=d, dlse=True) for d in (64, 128, (192, 128), 256)},
+}
+
+
+@pytest.mark.parametrize("sink_dtype", [FP32, BF16], ids=["fp32", "bf16"])
+@pytest.mark.parametrize("name", SINK_CASES)
+def test_sinks_far_below(name, sink_dtype):
+    """As good as none, as people write "off": their gradient is 0. Rows that see no key have them as lse, exactly."""
+    case = replace(SINK_CASES[name], heads=(16, 2), dtype=BF16, sink_dtype=sink_dtype)
+    inputs = make_inputs(case, "cuda")
+    unseeing = ~inputs.mask.dense(case.seqlen_q, inputs.k.shape[1], inputs.k.device)[0].any(1)
+    sinks = torch.tensor(FAR_BELOW * 2, device="cuda").to(sink_dtype)
+    if bool(unseeing.any()):  # lse and sink of -inf: eager has no gradient there to compare with
+        sinks = sinks.clamp(min=torch.finfo(sink_dtype).min)
+    inputs = replace(inputs, sinks=sinks)
+    for implementation in implementations(case):
+        results = run(case, inputs, implementation)
+        assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")
+        below = sinks < -1e8
+        for key in ("out", "dq", "dk", "dv", "dsink"):
+            assert bool(results[key].isfinite().all()), (implementation, key)
+        if not (case.dlse and unseeing.any()):
+            assert bool((results["dsink"][below] == 0.0).all()), (implementation, results["dsink"])
+        lse = results["lse"][0, :, unseeing]
+        assert torch.equal(lse, sinks.float()[:, None].expand_as(lse)), implementation
 
 
 @pytest.mark.parametrize("group", [4, 8, 16])
@@ -207,6 +283,98 @@ def test_no_host_synchronisation(implementation):
         torch.cuda.set_sync_debug_mode("default")
     for name, value in results.items():
         _assert_repeated(value, expected[name], implementation, name)
+
+
+@contextmanager
+def synchronisations():
+    """The Python stacks of what waits for the device inside, a list that fills up."""
+    stacks = []
+
+    def seen(message, *_args, **_kwargs):
+        if "synchronizing CUDA operation" in str(message):
+            stacks.append(traceback.extract_stack())
+
+    torch.cuda.synchronize()
+    with warnings.catch_warnings():
+        warnings.simplefilter("always")
+        warnings.showwarning = seen
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            yield stacks
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.fixture(scope="module", params=["gpt_oss", "llama"])
+def deep_model(request):
+    """A tiny model of 24 layers, bf16."""
+    transformers = pytest.importorskip("transformers")
+    size = dict(
+        vocab_size=97, hidden_size=128, intermediate_size=64, num_hidden_layers=24, num_attention_heads=8,
+        num_key_value_heads=2, head_dim=64, pad_token_id=0, attn_implementation="triton_attention_sink",
+    )  # fmt: skip
+    if request.param == "gpt_oss":
+        config = transformers.GptOssConfig(num_local_experts=2, num_experts_per_tok=2, sliding_window=128, **size)
+    else:
+        config = transformers.LlamaConfig(**size)
+    torch.manual_seed(0)
+    return transformers.AutoModelForCausalLM.from_config(config, dtype=BF16).to("cuda").train()
+
+
+@pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
+@pytest.mark.parametrize("row", ["unpacked", "one sample", "packed", "padded", "not padded"])
+def test_layers_never_wait_for_the_device(deep_model, row, backward):
+    """And the mask function waits once a forward at most; what transformers itself waits for is not ours."""
+    S = 640
+
+    def inputs():
+        found = {"input_ids": torch.randint(3, 90, (2, S) if "padded" in row else (1, S), device="cuda")}
+        if row in ("one sample", "packed"):
+            lengths = (S,) if row == "one sample" else (200, 1, 300, 139)
+            found["position_ids"] = torch.cat([torch.arange(n) for n in lengths])[None].to("cuda")
+        if "padded" in row:
+            found["attention_mask"] = torch.ones(2, S, dtype=torch.long, device="cuda")
+            found["attention_mask"][0, : 100 if row == "padded" else 0] = 0
+        return found
+
+    def step(inputs):
+        loss = deep_model(**inputs, use_cache=False).logits.float().square().mean()
+        if backward:
+            loss.backward()
+
+    step(inputs())  # compiles
+    batch = inputs()
+    with synchronisations() as stacks:
+        step(batch)
+    package = str(Path(explain.__code__.co_filename).parent)
+    ours = [stack for stack in stacks if any(frame.filename.startswith(package) for frame in stack)]
+    in_mask = [stack for stack in ours if any(frame.name == "attention_mask" for frame in stack)]
+    in_layers = [stack for stack in ours if stack not in in_mask]
+    assert not in_layers, "".join(in_layers[0].format())
+    assert len(in_mask) <= 1, "".join(in_mask[-1].format())
+
+
+def test_what_waits_for_the_device_is_seen():
+    """The counting itself: forward, in a function of ours, and in the backward's thread."""
+
+    class Waits(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x * 2
+
+        @staticmethod
+        def backward(ctx, dout):
+            dout.sum().item()
+            return dout * 2
+
+    x = torch.ones(3, device="cuda", requires_grad=True)
+    with synchronisations() as stacks:
+        y = Waits.apply(x).sum()
+        assert not stacks
+        y.item()
+        assert len(stacks) == 1
+        y.backward()
+    assert len(stacks) == 2 and any(frame.name == "backward" for frame in stacks[1])
 
 
 @pytest.mark.parametrize("implementation", ["triton", "triton_window", "triton_hopper"])

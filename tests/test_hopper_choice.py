@@ -72,17 +72,25 @@ def test_memory_that_the_copy_engine_cannot_address(hopper_card):
     assert "k must be 16-byte aligned" in triton_hopper.supports(replace(call, k=expanded))
 
 
-@pytest.mark.parametrize(
-    ("call", "reason"),
-    [
-        (_call(seqlen=1), "fewer than 64 queries"),
-        (_call(mask=Mask(-1, 0, cu_seqlens((32,) * 16), cu_seqlens((32,) * 16))), "less than 256 tokens on average"),
-    ],
-    ids=["decode", "many short rows"],
-)
-def test_auto_leaves_to_others_what_they_do_faster(hopper_card, call, reason):
+def test_auto_leaves_to_others_what_they_do_faster(hopper_card):
+    call = _call(seqlen=1)
     assert unsupported_reason("triton_hopper", call) is None
-    assert reason in triton_hopper.avoid(call)
+    assert "fewer than 64 queries" in triton_hopper.avoid(call)
+
+
+@pytest.mark.parametrize("head_dim", [64, 128, (192, 128), 256])
+@pytest.mark.parametrize("lengths", [(4096,), (1024,) * 4, (300,) * 13, (32,) * 128, (1, 4000, 7)])
+def test_the_number_of_entries_does_not_choose(hopper_card, monkeypatch, lengths, head_dim):
+    """A Hugging Face row has T + 1 entries, whatever its samples; they get the same kernels as N + 1."""
+    monkeypatch.setattr(triton_hopper.portable, "supports", lambda call: None)  # else it wants a GPU
+    total, (d, dv) = sum(lengths), head_dim if isinstance(head_dim, tuple) else (head_dim, head_dim)
+    q, k, v = (torch.empty(total, h, size, dtype=BF16, device="meta") for h, size in ((8, d), (2, d), (2, dv)))
+    answers = []
+    for entries in (len(lengths) + 1, total + 1):
+        cu = torch.empty(entries, dtype=torch.int32, device="meta")
+        answers.append(str(explain(q, k, v, cu_seqlens_q=cu, cu_seqlens_k=cu)))
+    assert answers[0] == answers[1]
+    assert answers[0].startswith("triton_hopper serves this call")
 
 
 def test_another_card_is_a_reason():

@@ -1,6 +1,8 @@
-"""The tile table of packed rows, which the Hopper kernels follow: interpreted, against a loop."""
+"""The tiles of packed rows that the Hopper kernels follow, and which scores they hide: interpreted, against loops."""
 
+import random
 from itertools import pairwise
+from types import FunctionType, SimpleNamespace
 
 import pytest
 import torch
@@ -9,52 +11,205 @@ from cases import cu_seqlens
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this triton has no Gluon for Hopper")
 
 from triton_attention_sink_hf.call import Call
-from triton_attention_sink_hf.implementations.triton.launch import Problem
+from triton_attention_sink_hf.implementations.triton.launch import Problem, ceil_div
+from triton_attention_sink_hf.implementations.triton_hopper import schedule
 from triton_attention_sink_hf.implementations.triton_hopper.launch import table_slots, tile_table
 from triton_attention_sink_hf.masks import Mask
 
+TILES = [64, 128, 192]
+LENGTHS = [
+    ((300,), 0),
+    ((0, 1, 64, 65, 0, 127, 128, 129, 500, 0), 6),
+    ((32,) * 70, 0),
+    ((192, 384), 0),
+    ((0, 0), 130),
+    ((64, 128, 192) * 2, 0),  # tiles and cells coincide
+    ((5, 400, 3, 7, 191, 1, 192, 63, 2, 130, 30), 40),
+    ((1,) * 200, 200),
+    ((17, 1000), 0),
+]
 
-@pytest.mark.parametrize("tile", [64, 128, 192])
+
+@pytest.mark.parametrize("tile", TILES)
 @pytest.mark.parametrize("causal", [True, False])
-@pytest.mark.parametrize(
-    ("lengths", "tail"),
-    [((300,), 0), ((0, 1, 64, 65, 0, 127, 128, 129, 500, 0), 6), ((32,) * 70, 0), ((192, 384), 0), ((0, 0), 130)],
-)
-def test_every_row_is_in_one_tile_and_heavy_tiles_come_first(lengths, tail, tile, causal):
+@pytest.mark.parametrize(("lengths", "tail"), LENGTHS)
+def test_long_segments_have_tiles_and_short_ones_share(lengths, tail, tile, causal):
     rows = sum(lengths) + tail
-    cu, ranges = _ranges(cu_seqlens(lengths), rows, causal)
-    table = tile_table(cu, ranges, rows, tile)
-    slots = table_slots(rows, len(lengths), tile)
-    assert table.shape == (1 + 2 * slots,)
-    count, first, end = int(table[0]), table[1 : 1 + slots].tolist(), table[1 + slots :].tolist()
-
-    bounds = [*cu.tolist(), rows]
-    expected = {(start, stop) for a, stop in pairwise(bounds) for start in range(a, stop, tile)}
-    assert set(zip(first[:count], end[:count], strict=True)) == expected and count == len(expected)
-    assert all(pair == (rows, rows) for pair in zip(first[count:], end[count:], strict=True))
+    cu = cu_seqlens(lengths)
+    ranges = _ranges(cu, rows, causal)
+    tiles = _tiles(ranges, rows, tile)
+    assert set(tiles) == _expected([*cu.tolist(), rows], rows, tile) and len(set(tiles)) == len(tiles)
+    assert _rows(tiles, tile) == list(range(rows))
     lo, hi = ranges[:rows], ranges[rows : 2 * rows]
-    work = [int(hi[min(a + tile, b) - 1] - lo[a]) for a, b in zip(first[:count], end[:count], strict=True)]
+    work = [int(hi[min(a + tile, b) - 1] - lo[a]) for a, b in tiles]
     assert work == sorted(work, reverse=True)
 
 
-@pytest.mark.parametrize("values", [[0, 90, 30, 128], [-500, 20, -3, 128], [0, 2**31 - 1, -(2**31), 128]])
-def test_wrong_cu_seqlens_give_rows_that_exist(values):
-    rows = 128
-    cu, ranges = _ranges(torch.tensor(values, dtype=torch.int32), rows, causal=True)
-    table = tile_table(cu, ranges, rows, 64)
-    assert bool(((table[1:] >= 0) & (table[1:] <= rows)).all())
+@pytest.mark.parametrize("tile", TILES)
+@pytest.mark.parametrize(("lengths", "tail"), LENGTHS)
+def test_the_number_of_entries_does_not_matter(lengths, tail, tile):
+    """A Hugging Face row has T + 1 entries, most of them empty segments at its end."""
+    rows, cu = sum(lengths) + tail, cu_seqlens(lengths)
+    padded = torch.cat([cu, cu[-1:].expand(max(rows + 1 - cu.numel(), 0))])
+    few, many = _ranges(cu, rows), _ranges(padded, rows)
+    assert torch.equal(few, many)
+    assert torch.equal(tile_table(few, rows, tile), tile_table(many, rows, tile))
 
 
-@pytest.mark.parametrize("values", [[50, 128], [90, 30], [200, 250], [-5, 128]])
-def test_rows_before_the_first_segment_have_tiles(values):
-    rows, tile = 300, 64
-    cu, ranges = _ranges(torch.tensor(values, dtype=torch.int32), rows, causal=True)
-    table, slots = tile_table(cu, ranges, rows, tile), table_slots(rows, 1, tile)
-    firsts, ends = table[1 : 1 + slots].tolist(), table[1 + slots :].tolist()
-    written = {row for a, b in zip(firsts, ends, strict=True) for row in range(a, min(a + tile, b))}
-    assert written == set(range(rows))
+@pytest.mark.parametrize("seed", range(6))
+def test_rows_have_one_tile_whatever_cu_seqlens_hold(seed):
+    """Values on a GPU are not checked: rows before the first segment, past the last and in overlapping ones, too."""
+    pick = random.Random(seed)
+    for values in [
+        [0, 90, 30, 128], [-500, 20, -3, 128], [0, 2**31 - 1, -(2**31), 128], [50, 128], [90, 30], [200, 250],
+        [-5, 128], *([pick.choice((pick.randrange(-9, 400), 0, 300)) for _ in range(9)] for _ in range(6)),
+    ]:  # fmt: skip
+        rows = pick.choice((1, 64, 128, 193, 300))
+        ranges = _ranges(torch.tensor(values, dtype=torch.int32), rows)
+        assert bool(((ranges >= 0) & (ranges <= rows)).all())
+        for tile in TILES:
+            assert _rows(_tiles(ranges, rows, tile), tile) == list(range(rows)), values
 
 
-def _ranges(cu, rows: int, causal: bool):
+MASKS = {"causal": (-1, 0), "bidirectional": (-1, -1), "window": (70, 0), "both sides": (30, 50), "left": (90, -1)}
+
+
+@pytest.mark.parametrize("mask", MASKS)
+@pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
+def test_what_programs_hide(mask, cross):
+    """The scores that are left by block and warpgroup are those that the mask shows, each once, in shared tiles too."""
+    pick = random.Random(f"{mask} {cross}")
+    for _ in range(6):
+        lengths_q, lengths_k = (
+            [pick.choice((0, 1, pick.randrange(1, 40), pick.randrange(60, 300))) for _ in range(7)] for _ in range(2)
+        )
+        cu_q = cu_seqlens(tuple(lengths_q))
+        cu_k = cu_seqlens(tuple(lengths_k)) if cross else cu_q
+        n_q, n_k = (int(cu[-1]) + pick.choice((1, 70)) for cu in (cu_q, cu_k))
+        if not cross:
+            n_k = n_q
+        q, k = (torch.empty(1, n, 1, 16) for n in (n_q, n_k))
+        left, right = MASKS[mask]
+        description = Mask(left, right, cu_q, cu_k)
+        ranges = Problem(Call(q, k, k, None, description, 1.0, 0.0, False)).ranges
+        expected = description.dense(n_q, n_k, q.device)[0]
+        for tile, step in ((192, 128), (128, 128), (128, 64)):  # forward; wide backward, dq
+            seen = _seen_by_queries(ranges, n_q, n_k, left, right, tile, step)
+            assert torch.equal(seen, expected.int()), (tile, step, lengths_q, lengths_k)
+        for tile in (128, 64):  # fused backward; wide backward, dk and dv
+            seen = _seen_by_keys(ranges[4 * n_q :], n_q, n_k, left, right, tile, 64)
+            assert torch.equal(seen, expected.int()), (tile, lengths_q, lengths_k)
+
+
+def _seen_by_queries(ranges, n_q: int, n_k: int, left: int, right: int, tile: int, step: int):
+    """(n_q, n_k): how often a program computes a score that it does not hide. As the consumers of queries do."""
+    own, options = (n_q, n_k, left, right), (left >= 0, right >= 0, True)
+    seen = torch.zeros(n_q, n_k + 2 * step, dtype=torch.int32)
+    for first, end in _tiles(ranges, n_q, tile):
+        start, n = _run("block_range")(first, end, _Pointer(ranges), *own, tile, step, 1, *options)
+        for token in range(first, first + tile, 64):
+            stop, edge, full = _run("own_blocks")(
+                token, end, start, n, _Pointer(ranges), *own, 64, step, *options
+            )  # fmt: skip
+            rows = torch.arange(token, token + 64)
+            lo, hi = _run("interval")(rows, end, _Pointer(ranges), *own, *options)
+            written = rows < end
+            for block in range(stop):
+                j = start + block * step + torch.arange(step)
+                visible = (j >= lo[:, None]) & (j < hi[:, None])
+                if edge <= block < edge + full:
+                    visible = torch.ones_like(visible)
+                seen[rows[written], j[0] : j[-1] + 1] += visible[written].int()
+    assert not seen[:, n_k:].any()
+    return seen[:, :n_k]
+
+
+def _seen_by_keys(ranges, n_q: int, n_k: int, left: int, right: int, tile: int, step: int):
+    """The same, as the consumers of keys do: by ``seeing_queries`` and ``hide``."""
+    sizes = (_Pointer(ranges), None, n_q, n_k, 1, 1, left, right, 0, 0, 1, 1)
+    options = (left >= 0, right >= 0, True)
+    seen = torch.zeros(n_k, n_q + 2 * step, dtype=torch.int32)
+    for key, end in _tiles(ranges, n_k, tile):
+        start, n = _run("block_range")(
+            key, end, sizes[0], n_k, n_q, right, left, tile, step, 4, right >= 0, left >= 0, True
+        )  # fmt: skip
+        for first in range(key, key + tile, 64):
+            lo, hi, edge, full = _run("seeing_queries")(first, end, start, n, sizes, 64, step, *options, None)
+            keys = torch.arange(first, first + 64)
+            for block in range(n):
+                s = _run("hide")(torch.zeros(64, step), block, start, lo, hi, edge, full, step, True, True, None)
+                visible, i = s == 0, start + block * step
+                assert not visible[keys >= end].any()
+                seen[keys[keys < end], i : i + step] += visible[keys < end].int()
+    assert not seen[:, n_q:].any()
+    return seen[:, :n_q].T
+
+
+class _Pointer:
+    """An address of int32 in a tensor."""
+
+    def __init__(self, values, offset=0):
+        self.values, self.offset = values, offset
+
+    def __add__(self, offset):
+        return _Pointer(self.values, self.offset + offset)
+
+
+def _both(elementwise, scalars):
+    def function(a, b):
+        if isinstance(a, torch.Tensor) or isinstance(b, torch.Tensor):
+            return elementwise(torch.as_tensor(a), torch.as_tensor(b))
+        return scalars(a, b)
+
+    return function
+
+
+def _load(pointer):
+    value = pointer.values[pointer.offset]
+    return value if value.dim() else int(value)
+
+
+def _where(condition, a, b):
+    return torch.where(condition, a, b) if isinstance(condition, torch.Tensor) else (a if condition else b)
+
+
+def _run(name: str):
+    """A function of ``schedule.py`` as plain Python: Gluon has no interpreter, and what these use of it is little."""
+    gl = SimpleNamespace(
+        minimum=_both(torch.minimum, min), maximum=_both(torch.maximum, max), load=_load, where=_where,
+        arange=lambda start, end, layout: torch.arange(start, end),
+    )  # fmt: skip
+    names = ("interval", "block_range", "own_blocks", "seeing_queries", "hide")
+    scope = {"gl": gl, "float": float}
+    scope |= {n: FunctionType(getattr(schedule, n).fn.__code__, scope) for n in names}
+    return scope[name]
+
+
+def _ranges(cu, rows: int, causal: bool = True):
     q = torch.empty(1, rows, 1, 16)
-    return cu, Problem(Call(q, q, q, None, Mask(-1, 0 if causal else -1, cu, cu), 1.0, 0.0, False)).ranges
+    return Problem(Call(q, q, q, None, Mask(-1, 0 if causal else -1, cu, cu), 1.0, 0.0, False)).ranges
+
+
+def _tiles(ranges, rows: int, tile: int) -> list[tuple[int, int]]:
+    """First row and end of the rows of each tile, in the table's order."""
+    table, slots = tile_table(ranges, rows, tile), table_slots(rows, tile)
+    assert table.shape == (1 + 2 * slots,)
+    count, first, end = int(table[0]), table[1 : 1 + slots].tolist(), table[1 + slots :].tolist()
+    assert all(pair == (rows, rows) for pair in zip(first[count:], end[count:], strict=True))
+    return list(zip(first[:count], end[:count], strict=True))
+
+
+def _rows(tiles: list[tuple[int, int]], tile: int) -> list[int]:
+    return sorted(row for first, end in tiles for row in range(first, min(first + tile, end)))
+
+
+def _expected(bounds: list[int], rows: int, tile: int) -> set[tuple[int, int]]:
+    long = [(a, b) for a, b in pairwise(bounds) if b - a >= tile]
+    tiles = {(first, b) for a, b in long for first in range(a, b, tile)}
+    short = set(range(rows)) - {row for a, b in long for row in range(a, b)}
+    for cell in range(ceil_div(rows, tile)):
+        inside = short & set(range(cell * tile, (cell + 1) * tile))
+        if inside:
+            assert max(inside) - min(inside) + 1 == len(inside)
+            tiles.add((min(inside), max(inside) + 1))
+    return tiles

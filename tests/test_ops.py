@@ -1,13 +1,14 @@
 """The operators as torch sees them: opcheck, torch.compile, checkpointing, autocast, second derivatives, explain."""
 
 import shutil
+import warnings
 
 import pytest
 import torch
 from cases import Case, call, make_inputs, run
 from torch.utils.checkpoint import checkpoint
 
-from triton_attention_sink_hf import attention_sink, explain
+from triton_attention_sink_hf import attention_sink, explain, implementations, interface, ops
 from triton_attention_sink_hf.ops import attention_backward, attention_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore::UserWarning")
@@ -118,6 +119,50 @@ def test_compile_with_dynamic_shapes():
     assert len(graphs) == 1, "another length must not trace again"
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_graphs_know_no_thresholds(packed, monkeypatch):
+    """Which kernel is the fastest for a length is decided when the length is there: one graph for all."""
+    torch.compiler.reset()
+    graphs, taken = [], []
+
+    def backend(graph, example_inputs):
+        graphs.append(graph)
+        return graph.forward
+
+    def reason(name, call, automatic=False):
+        if name == "triton_window" and call.q.shape[1] < 20:
+            return "shorter than 20"
+        if name == "triton_hopper":
+            return "not here" if call.q.shape[1] % 2 else "not there"
+        return None
+
+    def load(name):
+        taken.append(name)
+        return real_load(name)
+
+    real_load = implementations.load
+    for module in (implementations, interface):
+        monkeypatch.setattr(module, "unsupported_reason", reason)
+    monkeypatch.setattr(ops, "load", load)
+
+    def function(q, k, v, sinks, cu):
+        return attention_sink(q, k, v, sinks, window_size=(5, 0), cu_seqlens_q=cu, cu_seqlens_k=cu)
+
+    compiled = torch.compile(function, fullgraph=True, dynamic=True, backend=backend)
+    for n in (18, 22, 33, 19):
+        inputs = make_inputs(
+            Case(n, batch=1 if packed else 3, dtype=torch.float16, lengths_q=(4, 0, n - 4) if packed else None)
+        )
+        arguments = [x[0] if packed else x for x in (inputs.q, inputs.k, inputs.v)]
+        arguments = [x.requires_grad_() for x in (*arguments, inputs.sinks)]
+        got, want = compiled(*arguments, inputs.mask.cu_seqlens_q), function(*arguments, inputs.mask.cu_seqlens_q)
+        assert torch.equal(got, want)
+        for a, b in zip(*(torch.autograd.grad(x.sum(), arguments) for x in (got, want)), strict=True):
+            assert torch.equal(a, b)
+    assert len(graphs) == 1
+    assert taken == [name for n in (18, 22, 33, 19) for name in ["triton" if n < 20 else "triton_window"] * 4]
+
+
 @pytest.mark.parametrize("use_reentrant", [False, True])
 def test_checkpoint(use_reentrant):
     case = Case(20, batch=2, dlse=True)
@@ -144,18 +189,89 @@ def test_autocast():
         assert attention_sink(*double, implementation="reference").dtype == torch.float64
 
 
-@pytest.mark.parametrize("through", ["call", "operator"])
-def test_second_derivatives_raise(through):
+def _through(way: str, case: Case, inputs):
+    """q, k, v, sinks -> out, by the kernels."""
+
+    def attend(q, k, v, sinks):
+        return call(case, inputs, q, k, v, sinks)[0]
+
+    if way == "operator":
+        return lambda q, k, v, sinks: attention_forward(q, k, v, sinks, *_options(case, inputs))[0]
+    if way == "checkpoint":
+        return lambda *leaves: checkpoint(attend, *leaves, use_reentrant=False)
+    if way.startswith("compile"):
+        torch.compiler.reset()
+        return torch.compile(attend, fullgraph=True, backend=way.removeprefix("compile "))
+    return attend
+
+
+WAYS = ["call", "operator", "checkpoint", "compile eager", "compile aot_eager"]
+SECOND = "second derivative|double backward"  # the latter is torch.compile's own sentence
+
+
+@pytest.mark.parametrize("ask", ["grad", "backward", "backward of inputs"])
+@pytest.mark.parametrize("way", WAYS)
+def test_second_derivatives_raise(way, ask):
+    """A gradient penalty whose weights are behind q, k and v, and reached only through the kernels' backward."""
     case = Case(12)
     inputs = make_inputs(case)
+    x, weights = torch.randn(1, 12, 64).requires_grad_(), [torch.randn(64, n * 32).requires_grad_() for n in (4, 2, 2)]
+    q, k, v = ((x @ w).unflatten(-1, (-1, 32)) for w in weights)
+    out = _through(way, case, inputs)(q, k, v, inputs.sinks)
+    (dx,) = torch.autograd.grad(out.sin().sum(), x, create_graph=True)
+    penalty = dx.square().sum()
+    with pytest.raises(RuntimeError, match=SECOND):
+        if ask == "grad":
+            torch.autograd.grad(penalty, weights)
+        else:
+            penalty.backward(inputs=weights if "inputs" in ask else None)
+
+
+@pytest.mark.parametrize("second", range(5))
+@pytest.mark.parametrize("first", range(4))
+@pytest.mark.parametrize("way", ["call", "operator"])
+def test_second_derivatives_raise_for_each_input(way, first, second):
+    """d out / d first again by second, or by dout: with just these two in the graph."""
+    case = Case(8, dlse=True)
+    inputs = make_inputs(case)
+    arguments = [inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.dout]
+    for i in {first, second}:
+        arguments[i] = arguments[i].clone().requires_grad_()
+    out = _through(way, case, inputs)(*arguments[:4])
+    (gradient,) = torch.autograd.grad((out * arguments[4]).sum(), arguments[first], create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(gradient.sum(), arguments[second])
+
+
+def test_second_derivatives_through_lse_raise():
+    inputs = make_inputs(Case(8))
+    q = inputs.q.requires_grad_()
+    _, lse = attention_sink(q, inputs.k, inputs.v, inputs.sinks, return_lse=True, implementation="triton")
+    (dq,) = torch.autograd.grad(lse.sum(), q, create_graph=True)
+    with pytest.raises(NotImplementedError, match="second derivative"):
+        torch.autograd.grad(dq.sum(), q)
+
+
+def test_functional_hessian_raises():
+    inputs = make_inputs(Case(4, heads=(1, 1), head_dim=16))
+
+    def loss(q):
+        return attention_sink(q, inputs.k, inputs.v, inputs.sinks, implementation="triton").square().sum()
+
+    for ask in (torch.autograd.functional.hessian, torch.autograd.functional.hvp, torch.autograd.functional.vhp):
+        with pytest.raises(NotImplementedError, match="second derivative"):
+            ask(loss, inputs.q, *(() if ask is torch.autograd.functional.hessian else (inputs.q,)))
+
+
+def test_create_graph_gives_the_same_first_gradients():
+    case = Case(20, batch=2, dlse=True)
+    inputs = make_inputs(case)
+    want = run(case, inputs)
     leaves = _leaves(inputs)
-    if through == "call":
-        out, _ = call(case, inputs, *leaves)
-    else:
-        out, _ = attention_forward(*leaves, *_options(case, inputs))
-    (dq,) = torch.autograd.grad(out.square().sum(), leaves[:1], create_graph=True)
-    with pytest.raises(RuntimeError):
-        torch.autograd.grad(dq.sum(), leaves[:1])
+    out, lse = call(case, inputs, *leaves)
+    got = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse), create_graph=True)
+    for value, key in zip(got, ("dq", "dk", "dv", "dsink"), strict=True):
+        assert torch.equal(value, want[key]) and value.requires_grad
 
 
 def test_outputs_without_gradient():
@@ -175,8 +291,26 @@ def test_forward_mode_is_refused(grad):
     inputs = make_inputs(Case(12))
     with torch.autograd.forward_ad.dual_level(), torch.set_grad_enabled(grad):
         q = torch.autograd.forward_ad.make_dual(inputs.q, torch.ones_like(inputs.q))
-        with pytest.raises((NotImplementedError, RuntimeError), match="forward"):
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative: implementation='reference'"):
             attention_sink(q, inputs.k, inputs.v, inputs.sinks, implementation="triton")
+
+
+def test_forward_mode_of_what_is_traced_is_refused():
+    """torch.library's operators would answer with tangents of 0."""
+    inputs = make_inputs(Case(8))
+
+    def attend(q):
+        return attention_sink(q, inputs.k, inputs.v, inputs.sinks, implementation="triton")
+
+    for backend in ("eager", "aot_eager"):
+        torch.compiler.reset()
+        jvp = torch.compile(lambda q: torch.func.jvp(attend, (q,), (q,)), backend=backend, fullgraph=True)
+        with pytest.raises(Exception, match="no forward-mode derivative"):
+            jvp(inputs.q)
+    with torch.autograd.forward_ad.dual_level():
+        q = torch.autograd.forward_ad.make_dual(inputs.q, inputs.q)
+        with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
+            attention_forward(q, inputs.k, inputs.v, inputs.sinks, *_options(Case(8), inputs))
 
 
 def test_vmap_is_refused():
@@ -244,7 +378,91 @@ def test_functorch():
     want = attention_sink(q, k, v, sinks, implementation="reference")
     assert torch.equal(attention_sink(left[0], k, v, sinks, implementation="reference"), want)
     for q in (q, q.detach()):  # noqa: B020
-        with pytest.raises(RuntimeError, match="functorch"):
+        with pytest.raises(NotImplementedError, match=r"functorch.*implementation='reference'"):
             torch.func.grad(lambda x, q=q: (attention_sink(q, k, v, sinks, implementation="triton") * x).sum())(
                 torch.ones(())
             )
+
+
+def _loss(implementation, *others):
+    return lambda q: attention_sink(q, *others, implementation=implementation).square().sum()
+
+
+@pytest.mark.parametrize(
+    "transform",
+    [
+        torch.func.grad,
+        torch.func.jacrev,
+        torch.func.hessian,
+        lambda loss: torch.func.grad(lambda q: torch.func.grad(loss)(q).sum()),
+        lambda loss: lambda q: torch.func.jvp(loss, (q,), (q,)),
+        lambda loss: lambda q: torch.func.vmap(loss)(torch.stack([q, q])),
+        lambda loss: lambda q: torch.func.linearize(loss, q),
+    ],
+    ids=["grad", "jacrev", "hessian", "grad of grad", "jvp", "vmap", "linearize"],
+)
+def test_transforms_say_what_to_do(transform):
+    """The kernels name the transforms and the way out, which then works."""
+    inputs = make_inputs(Case(4, heads=(1, 1), head_dim=16))
+    others = inputs.k, inputs.v, inputs.sinks
+    with pytest.raises(NotImplementedError, match=r"torch\.func.*implementation='reference'|forward-mode"):
+        transform(_loss("triton", *others))(inputs.q)
+    if transform is not torch.func.linearize:
+        transform(_loss("reference", *others))(inputs.q)
+
+
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_a_loss_through_lse_alone(implementation):
+    """v takes part, with a gradient of 0, in every implementation."""
+    leaves = _leaves(make_inputs(Case(12)))
+    _, lse = attention_sink(*leaves, return_lse=True, implementation=implementation)
+    lse.sum().backward()
+    assert not leaves[2].grad.any() and all(bool(x.grad.any()) for i, x in enumerate(leaves) if i != 2)
+
+
+@pytest.mark.parametrize("layout", ["bshd", "bhsd"])
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("heads", [(2, 2), (4, 2), (4, 1)])
+@pytest.mark.parametrize("implementation", ["reference", "triton"])
+def test_outputs_are_contiguous(implementation, heads, packed, layout):
+    """Models call view on them."""
+    for dtype in (torch.float32, torch.float16):
+        case = Case(12, heads=heads, lengths_q=(5, 7) if packed else None, layout=layout, dtype=dtype)
+        inputs = make_inputs(case)
+        for x in call(case, inputs, inputs.q, inputs.k, inputs.v, inputs.sinks, implementation):
+            assert x.is_contiguous()
+
+
+def test_auto_says_loudly_that_a_gpu_gets_the_reference(monkeypatch):
+    """Once for each reason, also where torch.compile traces; on a CPU it is what everybody expects."""
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    monkeypatch.setattr(interface, "_WARNED", set())
+    monkeypatch.setattr(interface, "reference_attention", lambda q, k, v, *_, **__: (q, q))
+
+    def reason(name, call, automatic=False):
+        return None if name == "reference" else f"{name} is for {for_whom[0]}"
+
+    for module in (implementations, interface):
+        monkeypatch.setattr(module, "unsupported_reason", reason)
+    seen, for_whom = [], [""]
+    with warnings.catch_warnings(record=True) as caught, FakeTensorMode():
+        warnings.simplefilter("always")
+        for device in ("cuda", "cpu"):
+            for for_whom[0] in ("others", "others", "fewer"):
+                q = torch.empty(1, 8, 2, 16, device=device)
+                attention_sink(q, q, q)
+                explain(q, q, q)
+                seen.append(len(caught))
+    assert seen == [1, 1, 2, 2, 2, 2]
+    message = str(caught[0].message)
+    assert "cuda: triton is for others" in message and "Sq * Sk" in message and caught[0].filename == __file__
+    torch.compiler.reset()
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        tell = torch.compile(
+            lambda x: (interface._warn_of_reference("cuda", "tracing"), x + 1)[1], fullgraph=True, backend="eager"
+        )
+        tell(torch.ones(2))
+        tell(torch.ones(2))
+    assert [str(w.message).count("tracing") for w in caught if "attention_sink" in str(w.message)] == [1]

@@ -1,6 +1,7 @@
 """The oracle against Hugging Face's eager gpt-oss attention, gradcheck, and an explicit loop over the mask's rules."""
 
 import math
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -145,3 +146,24 @@ def test_dtypes(dtype):
     inputs = make_inputs(Case(8, dtype=dtype))
     out, lse = attention_sink(inputs.q, inputs.k, inputs.v, inputs.sinks, return_lse=True, implementation="reference")
     assert out.dtype == dtype and lse.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        Case(4, heads=(2, 1), head_dim=2),
+        Case(4, 2, heads=(2, 1), head_dim=2, softcap=2.0),
+        Case(4, sinks=None, heads=(1, 1), head_dim=2),
+    ],
+    ids=["plain", "rows without a key", "no sinks"],
+)
+def test_second_derivatives(case):
+    """By finite differences of the first ones, through out and lse."""
+    inputs = make_inputs(replace(case, dtype=torch.float64))
+    leaves = [x.double().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks) if x is not None]
+
+    def attend(q, k, v, sinks=None):
+        out, lse = reference_attention(q, k, v, sinks, inputs.mask, softmax_scale=0.7, softcap=case.softcap)
+        return out.sin(), lse.masked_fill(lse == float("-inf"), 0.0).sin()
+
+    assert torch.autograd.gradgradcheck(attend, leaves)

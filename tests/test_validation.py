@@ -47,10 +47,9 @@ CASES = {
         "multiple of k's heads, got 4 and 0",
     ),
     "k's D": (ValueError, {"k": torch.zeros(B, S, HK, 24)}, "k's head dimension must be q's 16, got 24"),
-    "D 12": (ValueError, {"q": torch.zeros(B, S, HQ, 12)}, "q's head dimension must be a multiple of 8.*got 12"),
-    "D 8": (ValueError, {"q": torch.zeros(B, S, HQ, 8)}, "from 16 to 256, got 8"),
-    "D 264": (ValueError, {"q": torch.zeros(B, S, HQ, 264)}, "from 16 to 256, got 264"),
-    "Dv 20": (ValueError, {"v": torch.zeros(B, S, HK, 20)}, "v's head dimension must be a multiple of 8.*got 20"),
+    "D 0": (ValueError, {"q": torch.zeros(B, S, HQ, 0)}, "q's head dimension must be from 1 to 256, got 0"),
+    "D 257": (ValueError, {"q": torch.zeros(B, S, HQ, 257)}, "q's head dimension must be from 1 to 256, got 257"),
+    "Dv 257": (ValueError, {"v": torch.zeros(B, S, HK, 257)}, "v's head dimension must be from 1 to 256, got 257"),
     "v's length": (ValueError, {"v": torch.zeros(B, 5, HK, D)}, r"v must be \(2, 6, 2\) \+ \(Dv,\) as k, got"),
     "batch": (
         ValueError,
@@ -251,3 +250,47 @@ def test_a_subclass_has_no_layout():
 
     x = torch.zeros(2)
     assert not traced(x, None, torch.nn.Parameter(x)) and traced(x, x.as_subclass(_Unreadable))
+
+
+def _swapped(heads_q, heads_k, seqlen_q, seqlen_k, **others):
+    """Arguments in scaled_dot_product_attention's layout."""
+    q, k = torch.zeros(B, heads_q, seqlen_q, D), torch.zeros(B, heads_k, seqlen_k, D)
+    return {"q": q, "k": k, "v": k, **others}
+
+
+def _swapped_packed(**others):
+    q, k, cu = torch.zeros(HQ, 50, D), torch.zeros(HK, 50, D), _ints(0, 20, 50)
+    return {"q": q, "k": k, "v": k, "cu_seqlens_q": cu, "cu_seqlens_k": cu, **others}
+
+
+@pytest.mark.parametrize(
+    "arguments, hint",
+    [
+        (_swapped(32, 8, 100, 100, sinks=torch.zeros(32)), "looks like (B, H, S, D)"),
+        (_swapped(32, 8, 20, 20, sinks=torch.zeros(32)), "looks like (B, H, S, D)"),
+        (_swapped(8, 8, 100, 77), "looks like (B, H, S, D)"),
+        (_swapped(8, 1, 60, 100), "looks like (B, H, S, D)"),
+        (_swapped(4, 2, 50, 50, key_padding_mask=torch.ones(B, 50, dtype=torch.bool)), "looks like (B, H, S, D)"),
+        (_swapped_packed(sinks=torch.zeros(HQ)), "looks like (H, T, D)"),
+        (_swapped_packed(), "looks like (H, T, D)"),
+    ],
+)
+def test_the_other_layout_is_named(arguments, hint):
+    with pytest.raises(ValueError, match=re.escape(hint)) as error:
+        attention_sink(**arguments)
+    assert "transpose(" in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"sinks": torch.zeros(3)},
+        {"q": torch.zeros(B, S, 3, D)},
+        {"k": torch.zeros(B, S, 0, D), "v": torch.zeros(B, S, 0, D)},
+        {"q": torch.zeros(B, 7, 3, D), "k": torch.zeros(B, 2, 2, D), "v": torch.zeros(B, 2, 2, D)},
+    ],
+)
+def test_other_mistakes_are_not_taken_for_the_layout(changes):
+    with pytest.raises(ValueError) as error:
+        attention_sink(**{**_good(), **changes})
+    assert "looks like" not in str(error.value)

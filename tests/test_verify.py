@@ -1,6 +1,7 @@
 """``triton-attention-sink verify``: passes for what is right and fails for each of three planted faults."""
 
 import json
+import shutil
 import sys
 from pathlib import Path
 
@@ -95,9 +96,61 @@ def test_the_command_prints_a_verdict(models):
     assert "FAIL: 2 of 38 comparisons exceed what is allowed" in printed
 
 
-def test_a_model_that_cannot_be_loaded_exits_2(models):
-    assert command("--model", models / "nothing")[0] == 2
-    assert command("--model", models / "gpt_oss", "--layers", 3)[0] == 2
+UNUSABLE = {
+    "no CUDA": (["--device", "cuda:99"], "device must be one that torch can use here, got 'cuda:99'"),
+    "no device": (["--device", "nonsense"], "device must be one that torch can use here, got 'nonsense'"),
+    "no numbers": (["--device", "meta"], "device must be one that torch can use here, got 'meta'"),
+    "unknown attention": (["--attention", "nothing"], "attention must be a name that transformers knows"),
+    "no such path": (["--attention", "/nowhere/triton_attention_sink_hf"], "attention must be a name"),
+    "not installed": (["--attention", "nobody-at-all/no-kernel"], "cannot be loaded"),
+    "too many layers": (["--layers", 3], "layers must be from 1 to the model's 2, got 3"),
+    "no folder": (["--model", "/nowhere/model"], "model must be a folder or a name on the Hub"),
+    "no folder here": (["--model", "./nowhere"], "there is no such folder"),
+    "not on the Hub": (["--model", "nobody at all/no model"], "the model cannot be loaded"),
+    "empty": (["--model", "EMPTY"], "the model cannot be loaded"),
+    "broken config": (["--model", "CONFIG"], "the model cannot be loaded"),
+    "broken weights": (["--model", "WEIGHTS"], "the model cannot be loaded"),
+    "no language model": (["--model", "VIT"], "the model cannot be loaded"),
+}
+
+
+@pytest.mark.parametrize("name", UNUSABLE)
+def test_what_cannot_be_compared_is_one_sentence_and_status_2(models, tmp_path, name, monkeypatch):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    arguments, reason = UNUSABLE[name]
+    for folder in ("EMPTY", "CONFIG", "VIT"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "CONFIG" / "config.json").write_text("[1]")
+    (tmp_path / "VIT" / "config.json").write_text('{"model_type": "vit"}')
+    shutil.copytree(models / "gpt_oss", tmp_path / "WEIGHTS")
+    for file in (tmp_path / "WEIGHTS").glob("*.safetensors"):
+        file.write_bytes(file.read_bytes()[:100])
+    arguments = [str(tmp_path / x) if x in ("EMPTY", "CONFIG", "WEIGHTS", "VIT") else x for x in arguments]
+    model = [] if "--model" in arguments else ["--model", models / "gpt_oss"]
+    result = CliRunner().invoke(app, ["verify", *map(str, [*model, *arguments])], catch_exceptions=False)
+    assert result.exit_code == 2
+    *_, sentence = result.stderr.strip().splitlines()  # after the lines of progress
+    assert "cannot be verified" in sentence and reason in sentence
+    assert "Traceback" not in result.stderr
+
+
+def test_out_of_memory_is_no_verdict(models, monkeypatch):
+    def too_large(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
+
+    monkeypatch.setattr(module, "_packed", too_large)
+    result = CliRunner().invoke(app, ["verify", "--model", str(models / "gpt_oss")], catch_exceptions=False)
+    assert result.exit_code == 2 and "does not fit: CUDA out of memory" in result.stderr
+
+
+@pytest.mark.parametrize("error", [RuntimeError("the kernel\nbroke"), KeyError("x"), AssertionError()])
+def test_an_attention_that_crashes_fails(models, monkeypatch, error):
+    def crash(*arguments):
+        raise error
+
+    monkeypatch.setattr(module, "_packed", crash)
+    code, printed = command("--model", models / "gpt_oss")
+    assert code == 1 and f"FAIL: {type(error).__name__}" in printed
 
 
 def test_a_model_that_ours_refuses_fails_with_the_reason(tmp_path):

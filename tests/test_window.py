@@ -1,5 +1,7 @@
 """The window kernels, interpreted in fp16: every window size, group, dimension and layout that they serve."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from budget import assert_within_budget
@@ -42,6 +44,20 @@ def test_exactness(name, poisoned_empty, bounds_checked):
     again = run(case, inputs, "triton_window")
     for key, value in results.items():
         assert torch.equal(value, again[key]), f"{key} differs between two equal calls"
+
+
+@pytest.mark.filterwarnings("ignore::RuntimeWarning")
+@pytest.mark.parametrize("seqlen_k, lengths", [(60, None), (20, None), (60, (17, 0, 40))])
+def test_sinks_of_any_size(seqlen_k, lengths, poisoned_empty):
+    case = Case(60, seqlen_k, heads=(8, 1), dtype=FP16, window=(20, 0), dlse=True, lengths_q=lengths)
+    largest = torch.finfo(torch.float32).max
+    sinks = torch.tensor([-1e9, -1e10, -1e30, -largest, 1e4, 1e10, 1e30, largest])
+    inputs = replace(make_inputs(case), sinks=sinks)
+    results = run(case, inputs, "triton_window")
+    assert all(bool(x.isfinite().all()) for x in results.values())
+    assert_within_budget(case, inputs, results)
+    if lengths is None and seqlen_k == 60:
+        assert not results["dsink"][:4].any()
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

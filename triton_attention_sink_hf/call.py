@@ -75,7 +75,7 @@ class Call:
         mask: which keys a query sees.
         softmax_scale, softcap: see ``attention_sink``; softcap 0 = none.
         deterministic: the caller asked for bit-exact gradients.
-        layout: None if the call is traced, or came as an operator.
+        layout: None if the call is traced.
     """
 
     q: Tensor

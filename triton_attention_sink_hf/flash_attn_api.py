@@ -38,7 +38,7 @@ def flash_attn_func(
     _refuse(dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None), return_attn_probs=(return_attn_probs, False))
     return attention_sink(
         q, k, v, s_aux,
-        causal=causal, window_size=tuple(window_size), softmax_scale=softmax_scale, softcap=softcap,
+        causal=causal, window_size=_ints(window_size), softmax_scale=softmax_scale, softcap=softcap,
         deterministic=deterministic or None,
     )  # fmt: skip
 
@@ -72,7 +72,7 @@ def flash_attn_varlen_func(
     )  # fmt: skip
     return attention_sink(
         q, k, v, s_aux,
-        causal=causal, window_size=tuple(window_size), softmax_scale=softmax_scale, softcap=softcap,
+        causal=causal, window_size=_ints(window_size), softmax_scale=softmax_scale, softcap=softcap,
         cu_seqlens_q=cu_seqlens_q, cu_seqlens_k=cu_seqlens_k, max_seqlen_q=max_seqlen_q, max_seqlen_k=max_seqlen_k,
         deterministic=deterministic or None,
     )  # fmt: skip
@@ -131,9 +131,18 @@ def flash_attn_with_kvcache(
         cache_seqlens = _append(k_cache, v_cache, k, v, cache_seqlens)
     return attention_sink(
         q, k_cache, v_cache, s_aux,
-        causal=causal, window_size=tuple(window_size), softmax_scale=softmax_scale, softcap=softcap,
+        causal=causal, window_size=_ints(window_size), softmax_scale=softmax_scale, softcap=softcap,
         seqused_k=cache_seqlens, return_lse=return_softmax_lse,
     )  # fmt: skip
+
+
+def _ints(window_size) -> object:
+    """window_size as ints, from what flash-attn's bindings take: any sequence, a tensor or an array, numpy's ints."""
+    if hasattr(window_size, "tolist"):
+        window_size = window_size.tolist()
+    if not isinstance(window_size, (tuple, list)):
+        return window_size  # attention_sink says what it must be
+    return tuple(side.item() if hasattr(side, "item") else side for side in window_size)
 
 
 def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlens: Tensor) -> Tensor:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from .call import Call, layout_of, traced
-from .implementations import KERNELS, REFERENCE, unsupported_reason
+from .implementations import KERNELS, REFERENCE, fastest, unsupported_reason
 from .masks import Mask
 from .reference import reference_attention
 from .validation import check_options, check_tensors, readable
@@ -61,7 +62,7 @@ def attention_sink(
     Args:
         q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
         k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
-        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: multiples of 8 from 16 to 256.
+        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: any from 1 to 256; multiples of 8 from 16 are fast.
         sinks: (Hq,), any floating dtype; None = no sink.
         causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.
         window_size: (left, right) keys beside the query's position, -1 = unlimited.
@@ -89,6 +90,8 @@ def attention_sink(
     )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
+        if implementation == "auto" and q.device.type not in ("cpu", "meta"):
+            _warn_of_reference(q.device.type, unsupported_reason(KERNELS[-1], call))
         out, lse = reference_attention(
             call.q, call.k, call.v, sinks, call.mask, softmax_scale=call.softmax_scale, softcap=call.softcap
         )
@@ -125,7 +128,7 @@ def explain(
         max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
     )  # fmt: skip
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
-    return Explanation(_choose(call, "auto"), reasons)
+    return Explanation(fastest(call), reasons)
 
 
 def _prepare(
@@ -176,6 +179,7 @@ def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
 
 
 def _choose(call: Call, implementation: str) -> str:
+    """A name; or "auto", where the operator is to choose among the kernels."""
     if not isinstance(implementation, str):
         raise TypeError(f"implementation must be a str, got {implementation!r}")
     if call.layout is None:
@@ -186,10 +190,32 @@ def _choose(call: Call, implementation: str) -> str:
     return name
 
 
+_WARNED = set()
+
+
+def _warn_of_reference(device: str, reason: str) -> None:
+    """Once for each reason."""
+    if (device, reason) in _WARNED:
+        return
+    _WARNED.add((device, reason))
+    warnings.warn(
+        f"no kernel of attention_sink serves a call on {device}: {reason}. The reference does, whose memory and time "
+        "grow with Sq * Sk. implementation='triton' makes this an error; explain(...) gives every kernel's reason",
+        stacklevel=3,
+    )
+
+
+# what torch.compiler.assume_constant_result does: tracing says it too. Not by that, which imports torch._dynamo.
+_warn_of_reference._dynamo_marked_constant = True
+
+
 def _find(call: Call, implementation: str) -> str:
     names = (*KERNELS, REFERENCE)
     if implementation == "auto":
-        return next(name for name in names if unsupported_reason(name, call, automatic=True) is None)
+        if call.layout is not None:
+            return fastest(call)
+        # Traced: the operator chooses, since sizes that are compared here would become guards, and more graphs.
+        return "auto" if unsupported_reason(KERNELS[-1], call, automatic=True) is None else REFERENCE
     if implementation not in names:
         raise ValueError(f"implementation must be one of {('auto', *names)}, got {implementation!r}")
     reason = unsupported_reason(implementation, call)

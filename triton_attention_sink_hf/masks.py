@@ -11,6 +11,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Rows of a batch row or of a packed row stay below it, so positions beside windows below it fit 32 bits.
+MAX_ROWS = 2**30
+
 
 @dataclass
 class Mask:
@@ -19,8 +22,8 @@ class Mask:
     Nobody changes one; ``frozen`` would only make it slower, at each call.
 
     Attributes:
-        left: keys before the query's position that it sees; -1 = all of them.
-        right: keys after it; -1 = all of them, 0 = causal.
+        left: keys before the query's position that it sees; -1 = all of them, as is anything from ``MAX_ROWS`` on.
+        right: keys after it, likewise; 0 = causal.
         cu_seqlens_q, cu_seqlens_k: int32 (N + 1,), first row of each packed segment; rows past the last entry
             belong to no segment and see nothing. Entries may repeat (empty segments).
         key_padding_mask: bool (B, Sk), True = real key; packed rows have B = 1.
@@ -33,6 +36,12 @@ class Mask:
     cu_seqlens_k: Tensor | None = None
     key_padding_mask: Tensor | None = None
     seqused_k: Tensor | None = None
+
+    def __post_init__(self):
+        if self.left >= MAX_ROWS:
+            self.left = -1
+        if self.right >= MAX_ROWS:
+            self.right = -1
 
     @property
     def packed(self) -> bool:

@@ -27,7 +27,7 @@ def reference_attention(
         softmax_scale: factor on q.k. softcap: c > 0 replaces a score x by c * tanh(x / c).
 
     Returns:
-        out (B, Sq, Hq, Dv) in q's dtype and lse (B, Hq, Sq), fp64 for fp64 inputs, else fp32.
+        out (B, Sq, Hq, Dv) in q's dtype and lse (B, Hq, Sq), fp64 for fp64 inputs, else fp32. Both contiguous.
     """
     if torch.amp.is_autocast_available(q.device.type) and torch.is_autocast_enabled(q.device.type):
         with torch.autocast(q.device.type, enabled=False):  # which would round the scores
@@ -55,4 +55,6 @@ def reference_attention(
     lse = (m + torch.log(z)).masked_fill(empty, float("-inf")).squeeze(-1)
     p = (weights / z)[..., :Sk].reshape(B, Hkv, Hq // Hkv, Sq, Sk)
     out = torch.einsum("bhgij,bjhd->bihgd", p, v.to(dtype)).reshape(B, Sq, Hq, Dv)
-    return out.to(q.dtype), lse
+    # parts of one tensor, as of one kernel: a loss through either reaches every input, with zeros if need be
+    out, lse = torch.cat([out, lse.transpose(1, 2)[..., None]], -1).split([Dv, 1], -1)
+    return out.to(q.dtype).contiguous(), lse.squeeze(-1).transpose(1, 2).contiguous()

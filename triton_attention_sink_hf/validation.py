@@ -54,7 +54,8 @@ def check_tensors(
         if not sinks.is_floating_point():
             raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
         if sinks.shape != (heads,):
-            raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}")
+            hint = _layout_hint(q, k) if sinks.shape == (q.shape[-3],) else ""
+            raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}{hint}")
     if packed:
         if seqused_k is not None:
             raise ValueError("seqused_k must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
@@ -65,7 +66,9 @@ def check_tensors(
             raise TypeError(f"key_padding_mask must be torch.bool (True = real token), got {key_padding_mask.dtype}")
         if key_padding_mask.shape != k.shape[:-2]:
             wanted = f"(T,) = ({k.shape[0]},)" if packed else f"(B, Sk) = ({k.shape[0]}, {k.shape[1]})"
-            raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}")
+            swapped = not packed and tuple(key_padding_mask.shape) == (k.shape[0], k.shape[2])
+            hint = _layout_hint(q, k) if swapped else ""
+            raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}{hint}")
     if seqused_k is not None:
         batch, seqlen_k = q.shape[0], k.shape[1]
         _check_int32_vector("seqused_k", seqused_k, device)
@@ -80,6 +83,11 @@ def check_tensors(
 def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")
+    if hasattr(value, "placements"):  # not imported for an isinstance: torch.distributed.tensor is large
+        raise TypeError(
+            f"{name} must be a plain tensor, got a DTensor with placements {value.placements}: pass this rank's part "
+            "(to_local()), or full_tensor() and see to its gradient, which ranks do not share"
+        )
     if device is not None and value.device != device:
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
 
@@ -100,8 +108,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     for name, size in (("q", q_shape[-1]), ("v", v_shape[-1])):
-        if size < 16 or size > 256 or size % 8:
-            raise ValueError(f"{name}'s head dimension must be a multiple of 8 from 16 to 256, got {size}")
+        if size < 1 or size > 256:
+            raise ValueError(f"{name}'s head dimension must be from 1 to 256, got {size}")
     if k_shape[-1] != q_shape[-1]:
         raise ValueError(f"k's head dimension must be q's {q_shape[-1]}, got {k_shape[-1]}")
     if k_shape[:-1] != v_shape[:-1]:
@@ -110,7 +118,19 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"k's batch must be q's {q_shape[0]}, got {k_shape[0]}")
     heads_q, heads_k = q_shape[-2], k_shape[-2]
     if heads_q == 0 or heads_k == 0 or heads_q % heads_k:
-        raise ValueError(f"q's heads must be a multiple of k's heads, got {heads_q} and {heads_k}")
+        hint = _layout_hint(q, k) if q_shape[-3] < heads_q else ""
+        raise ValueError(f"q's heads must be a multiple of k's heads, got {heads_q} and {heads_k}{hint}")
+
+
+def _layout_hint(q: Tensor, k: Tensor) -> str:
+    """What an error adds if the shapes would make sense with heads before tokens, as scaled_dot_product_attention has
+    them."""
+    heads_q, heads_k = q.shape[-3], k.shape[-3]
+    if heads_q == 0 or heads_k == 0 or heads_q % heads_k:
+        return ""
+    if q.dim() == 3:
+        return f"; q {tuple(q.shape)} looks like (H, T, D), and must be (T, H, D): transpose(0, 1)"
+    return f"; q {tuple(q.shape)} looks like (B, H, S, D), and must be (B, S, H, D): transpose(1, 2)"
 
 
 def _check_window(window_size: tuple[int, int]) -> None:
@@ -159,7 +179,8 @@ def _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen
         if bool((lengths < 0).any()):
             raise ValueError(f"{name} must not decrease, got {cu.tolist()[:16]}")
         if int(cu[-1]) > total:
-            raise ValueError(f"{name} must end at or before T = {total}, got {int(cu[-1])}")
+            hint = _layout_hint(q, k) if int(cu[-1]) == (q if side == "q" else k).shape[1] else ""
+            raise ValueError(f"{name} must end at or before T = {total}, got {int(cu[-1])}{hint}")
         if max_seqlen is not None and int(max_seqlen) < int(lengths.max()):
             raise ValueError(f"max_seqlen_{side} must be >= the longest segment {int(lengths.max())}, got {max_seqlen}")
     if cu_seqlens_q.shape != cu_seqlens_k.shape:

@@ -117,18 +117,23 @@ def verify(
         log: gets a line of progress now and then.
 
     Raises:
-        OSError, ValueError: the model cannot be loaded, or does not fit.
+        ValueError: there is nothing to compare: no such device or attention, or a model that cannot be loaded, does not
+            fit or cannot be run with eager attention.
+        ImportError: transformers is missing.
     """
     import transformers
 
-    import triton_attention_sink_hf  # noqa: F401  registers the name
-
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    config = transformers.AutoConfig.from_pretrained(model)
-    text = config.get_text_config()
-    if layers is not None:
-        _keep_layers(text, layers)
-    parameters = _count(config)
+    check_device(device)
+    check_attention(attention)
+    if not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
+        raise ValueError(f"model must be a folder or a name on the Hub, got {model!r}: there is no such folder")
+    with _said_as("the model cannot be loaded"):
+        config = transformers.AutoConfig.from_pretrained(model)
+        text = config.get_text_config()
+        if layers is not None:
+            _keep_layers(text, layers)
+        parameters = _count(config)
     lengths = sample_lengths(text)
     report = Report(model, attention, device, dtype, parameters, lengths)
     gib = parameters * 8 / 2**30
@@ -136,7 +141,8 @@ def verify(
         f"{parameters:,} parameters: {gib:.1f} GiB on {device} (weights and gradients in fp32), {gib:.1f} for comparing"
     )
     _refuse_too_large(gib, device)
-    loaded = _load(model, config, DTYPES[dtype], report).to(device).eval()
+    with _said_as("the model cannot be loaded"):
+        loaded = _load(model, config, DTYPES[dtype], report).to(device).eval()
     report.notes += _notes(text, lengths, loaded, device)
     report.sinks = {
         name: (x.min().item(), x.max().item()) for name, x in loaded.named_parameters() if name.endswith("sinks")
@@ -145,21 +151,24 @@ def verify(
     samples = random_samples(lengths, text.vocab_size, seed)
     routing = Routing(text)
     with _exact_fp32():
-        log("eager, fp32, sample by sample")
-        _cast(loaded, torch.float32)
-        exact = _by_sample(loaded, samples, routing)
-        eager = None
-        if dtype != "fp32":
-            log(f"eager, {dtype}, sample by sample")
-            _cast(loaded, DTYPES[dtype])
-            found = _by_sample(loaded, samples, routing)
-            eager = errors(found, exact)
-            del found
+        with _said_as("eager attention cannot run the model"):
+            log("eager, fp32, sample by sample")
+            _cast(loaded, torch.float32)
+            exact = _by_sample(loaded, samples, routing)
+            eager = None
+            if dtype != "fp32":
+                log(f"eager, {dtype}, sample by sample")
+                _cast(loaded, DTYPES[dtype])
+                found = _by_sample(loaded, samples, routing)
+                eager = errors(found, exact)
+                del found
         log(f"{attention}, {dtype}, packed")
         try:
             _switch(loaded, attention)
             found = _packed(loaded, samples, routing)
-        except (ValueError, TypeError, NotImplementedError) as error:
+        except (ImportError, OSError, torch.OutOfMemoryError) as error:
+            raise ValueError(f"{attention} cannot be loaded or does not fit: {_first_line(error)}") from error
+        except Exception as error:  # whatever it is, the attention did not do its work
             report.problem = f"{type(error).__name__}: {error}"
             return report
     report.notes += routing.notes
@@ -167,6 +176,43 @@ def verify(
     report.log_prob_mean, report.log_prob_max = difference.mean().item(), difference.max().item()
     report.rows = compare(errors(found, exact), eager, exact, dtype)
     return report
+
+
+# What was asked for
+
+
+def check_device(device: str) -> None:
+    """ValueError unless torch can compute on ``device`` here."""
+    try:
+        torch.ones(1, device=device).item()
+    except Exception as error:  # of many types: no such device, no driver, no such number, "meta"
+        raise ValueError(f"device must be one that torch can use here, got {device!r}: {_first_line(error)}") from error
+
+
+def check_attention(name: str) -> None:
+    """ValueError unless ``name`` can stand in ``attn_implementation``; whether a model takes it is another question."""
+    from transformers import AttentionInterface
+
+    import triton_attention_sink_hf  # noqa: F401  registers the names
+
+    known = {"eager", *AttentionInterface().valid_keys()}
+    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?", name) is not None
+    if name not in known and not is_on_hub:
+        ours = sorted(x for x in known if "attention_sink" in x)
+        raise ValueError(f"attention must be a name that transformers knows, such as {ours}, or org/name, got {name!r}")
+
+
+@contextmanager
+def _said_as(what: str) -> Iterator[None]:
+    """Any exception as a ValueError of one line: a checkpoint can be broken in more ways than can be listed."""
+    try:
+        yield
+    except Exception as error:
+        raise ValueError(f"{what}: {type(error).__name__}: {_first_line(error)}") from error
+
+
+def _first_line(error: Exception) -> str:
+    return (f"{error}".strip().splitlines() or ["no message"])[0]
 
 
 # Model

@@ -6,7 +6,6 @@ import contextlib
 import gc
 import platform
 import subprocess
-import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
+from ..processes import module_command
 from .cases import Case
 from .oracle import errors, oracles
 from .peers import GRADIENTS, PEERS, Runner, Unsupported
@@ -28,15 +28,15 @@ CYCLES_PER_US = 2000  # at least the clock of any card, so that a wait is not to
 L2_BYTES = 256 * 2**20  # more than any card's L2
 
 
-def make_tensors(case: Case, seed: int = 0) -> dict[str, Tensor]:
+def make_tensors(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Tensor]:
     """Random q, k, v, dout in bf16 (B, S, H, D) and sinks fp32 from -3 to 8, exact in bf16."""
-    generator = torch.Generator("cuda").manual_seed(seed)
+    generator = torch.Generator(device).manual_seed(seed)
 
     def normal(heads: int) -> Tensor:
         shape = (case.batch, case.seqlen, heads, case.head_dim)
-        return torch.randn(shape, device="cuda", generator=generator, dtype=torch.float32).bfloat16()
+        return torch.randn(shape, device=device, generator=generator, dtype=torch.float32).bfloat16()
 
-    sinks = torch.linspace(-3, 8, case.heads_q, device="cuda").bfloat16().float()
+    sinks = torch.linspace(-3, 8, case.heads_q, device=device).bfloat16().float()
     q, k, v, dout = (normal(heads) for heads in (case.heads_q, case.heads_k, case.heads_k, case.heads_q))
     return {"q": q, "k": k, "v": v, "sinks": sinks, "dout": dout}
 
@@ -166,7 +166,7 @@ def compile_all(
     cases: list[Case], names: list[str], extra_path: list[Path], processes: int, log: Callable[[str], None]
 ) -> None:
     """``run_once`` for every case and implementation, each in a process of its own, ``processes`` at a time."""
-    command = [sys.executable, "-m", "triton_attention_sink_hf.cli", "bench", "--compile-only"]
+    command = module_command("cli", "bench", "--compile-only")
     for path in extra_path:
         command += ["--extra-path", str(path)]
 
@@ -202,7 +202,7 @@ def environment() -> dict[str, str]:
 
     here = Path(__file__).parent
     return {
-        "card": torch.cuda.get_device_name(),
+        "card": torch.cuda.get_device_name() if torch.cuda.is_available() else "CPU",
         "driver": output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader").split("\n")[0],
         "torch": torch.__version__,
         "triton": triton.__version__,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 from pathlib import Path
 
@@ -103,15 +104,14 @@ def measured_before(path: Path, environment: dict[str, str]) -> list[dict]:
     return result["rows"] if result["environment"] == environment else []
 
 
-def plot(lines: list[dict], title: str, directory: Path) -> list[Path]:
+def plot(lines: list[dict], title: str) -> dict[str, bytes]:
     """Two PNGs, forward and backward: speed relative to the best peer would hide the peers, so times as bars."""
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    directory.mkdir(parents=True, exist_ok=True)
-    paths = []
+    files = {}
     for direction in ("forward", "backward"):
         chosen = [line for line in lines if line["direction"] == direction]
         if not chosen:
@@ -133,8 +133,8 @@ def plot(lines: list[dict], title: str, directory: Path) -> list[Path]:
         axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)
         axis.spines[["top", "right"]].set_visible(False)
         figure.tight_layout()
-        path = directory / f"{direction}.png"
-        figure.savefig(path, dpi=120)
+        png = io.BytesIO()
+        figure.savefig(png, dpi=120)
         plt.close(figure)
-        paths.append(path)
-    return paths
+        files[f"{direction}.png"] = png.getvalue()
+    return files

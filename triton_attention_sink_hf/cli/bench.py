@@ -5,19 +5,26 @@ from __future__ import annotations
 import json
 import os
 import site
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Annotated
 
 import typer
+
+from .refusal import refuse
+from .written import Written
+
+LISTING = "bench-files.json"  # what bench wrote, so that another run replaces these alone
 
 
 def bench(
     cases: Annotated[str, typer.Option(help="Comma-separated parts of case names; all if empty.")] = "",
     implementations: Annotated[str, typer.Option(help="Comma-separated names; all if empty.")] = "",
     extra_path: Annotated[
-        list[Path] | None, typer.Option(help="Directory that holds peers not installed here.")
+        list[Path] | None,
+        typer.Option(help="Directory that holds peers not installed here.", exists=True, file_okay=False),
     ] = None,
-    output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("benchmarks/results"),
+    output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("outputs/bench"),
     plots: Annotated[bool, typer.Option(help="Draw forward.png and backward.png (needs matplotlib).")] = True,
     resume: Annotated[
         bool, typer.Option(help="Keep the cases that bench.json already has from this card, software and commit.")
@@ -27,12 +34,16 @@ def bench(
     ] = 0,
     compile_only: Annotated[bool, typer.Option(hidden=True)] = False,
 ) -> None:
-    """Time forward and backward of every case, each implementation checked against fp64 first."""
+    """Time forward and backward of every case, each implementation checked against fp64 first.
+
+    Exits 1 if this project was wrong, 2 if nothing could be measured.
+    """
     import torch
 
     if not torch.cuda.is_available():
-        typer.echo("bench needs a GPU that torch can use; none was found", err=True)
-        raise typer.Exit(1)
+        refuse("bench needs a GPU that torch can use; none was found")
+    if plots and find_spec("matplotlib") is None:
+        refuse("bench needs matplotlib for its plots; it is not installed: pip install matplotlib, or --no-plots")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or what prepare compiles is not found again
     for path in extra_path or []:
         site.addsitedir(str(path))
@@ -44,16 +55,22 @@ def bench(
     wanted = [name for name in cases.split(",") if name]
     chosen = [case for case in CASES if case.name in wanted]  # whole names before parts of names
     chosen = chosen or [case for case in CASES if not wanted or any(part in case.name for part in wanted)]
-    names = [name for name in PEERS if not implementations or name in implementations.split(",")]
-    if not chosen or not names:
-        typer.echo(
-            f"cases must be parts of {[case.name for case in CASES]}, implementations of {list(PEERS)}", err=True
-        )
-        raise typer.Exit(2)
+    asked = [name for name in implementations.split(",") if name]
+    names = [name for name in PEERS if not asked or name in asked]
+    if not chosen:
+        refuse(f"cases must be parts of {[case.name for case in CASES]}, got {cases!r}")
+    if unknown := [name for name in asked if name not in PEERS]:
+        refuse(f"implementations must be some of {list(PEERS)}, got {unknown}")
     if compile_only:
         for case in chosen:
             run_once(case, names)
         return
+    try:
+        written = Written(output, LISTING)
+        written.check(["bench.json", *(["forward.png", "backward.png"] if plots else [])])
+        output.mkdir(parents=True, exist_ok=True)
+    except (ValueError, OSError) as error:
+        refuse(error)
     card = environment()
     rows = report.measured_before(output / "bench.json", card) if resume else []
     chosen = [case for case in chosen if case.name not in {row["case"] for row in rows}]
@@ -63,7 +80,7 @@ def bench(
     typer.echo(f"{card['card']}: copy {rates['copy_tb_s']:.2f} TB/s, bf16 matmul {rates['matmul_tflop_s']:.0f} TFLOP/s")
     for case in chosen:
         rows += measure(case, names, log=typer.echo)
-        _write(output / "bench.json", card, rates, rows, report)
+        written.write({"bench.json": _result(card, rates, rows, report)})  # an interrupted run keeps what it measured
     lines = report.summarise(rows, rates)
     typer.echo("\n".join(report.problems(rows)))
     typer.echo(report.table(lines))
@@ -71,15 +88,14 @@ def bench(
         typer.echo(f"gpt-oss layer pair, forward and backward: {name} {ms:.2f} ms")
     if plots:
         title = f"{card['card']}, bf16, torch {card['torch']}, triton {card['triton']}, {card['date']}"
-        for path in report.plot(lines, title, output):
-            typer.echo(f"wrote {path}")
+        pictures = report.plot(lines, title)
+        written.write(pictures)
+        typer.echo("\n".join(f"wrote {output / name}" for name in pictures))
     if any(row["implementation"] == report.OURS and "problem" in row for row in rows):
         raise typer.Exit(1)
 
 
-def _write(path: Path, card: dict, rates: dict, rows: list[dict], report) -> None:
-    """Write after every case, so that an interrupted run keeps what it measured."""
-    path.parent.mkdir(parents=True, exist_ok=True)
+def _result(card: dict, rates: dict, rows: list[dict], report) -> bytes:
     result = {
         "environment": card,
         "ceilings": rates,
@@ -87,4 +103,4 @@ def _write(path: Path, card: dict, rates: dict, rows: list[dict], report) -> Non
         "summary": report.summarise(rows, rates),
         "gpt_oss_pair_ms": report.pair_ms(rows),
     }
-    path.write_text(json.dumps(result, indent=1) + "\n")
+    return (json.dumps(result, indent=1) + "\n").encode()

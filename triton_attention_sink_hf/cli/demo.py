@@ -6,6 +6,8 @@ from typing import Annotated
 
 import typer
 
+from .refusal import one_line, refuse
+
 TOLERANCE = 1e-4
 
 
@@ -17,16 +19,21 @@ def demo(
 ) -> None:
     """Train a tiny random gpt-oss twice on the same data, eager and ours: same losses, and the sinks move.
 
-    Exits 1 if a loss differs by more than 1e-4 or no sink moved. (In a checkout, `make demo` runs verl's trainer.)
+    Exits 1 if a loss differs by more than 1e-4 or no sink moved, 2 if the attention cannot be used.
+    (In a checkout, `make demo` runs verl's trainer.)
     """
     from rich.console import Console
     from rich.progress import track
     from rich.table import Table
 
-    import triton_attention_sink_hf  # noqa: F401  registers the name
-
     console = Console()
-    runs = {name: _train(name) for name in ("eager", attention)}
+    try:
+        from ..verify import check_attention
+
+        check_attention(attention)
+        runs = {name: _train(name) for name in ("eager", attention)}
+    except (ImportError, ValueError) as error:
+        refuse(f"the demo cannot run: {one_line(error)}")
     rows = [
         [next(run) for run in runs.values()]
         for _ in track(range(steps), description="training twice", console=console, transient=True)
@@ -46,7 +53,7 @@ def demo(
 
 
 def _train(attn_implementation: str):
-    """Yield (loss, largest movement of a sink so far) after each step on four random rows to be learned by heart."""
+    """Build a model; an iterator of (loss, largest movement of a sink so far) after each step on four random rows."""
     import torch
 
     from ..checks import tiny_gpt_oss
@@ -58,9 +65,13 @@ def _train(attn_implementation: str):
     before = [sink.detach().clone() for sink in sinks]
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
     tokens = torch.randint(1, model.config.vocab_size, (4, 32), generator=generator).to(device)
-    while True:
-        loss = model(tokens, labels=tokens).loss
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        yield loss.item(), max((s - b).abs().max().item() for s, b in zip(sinks, before, strict=True))
+
+    def steps():
+        while True:
+            loss = model(tokens, labels=tokens).loss
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            yield loss.item(), max((s - b).abs().max().item() for s, b in zip(sinks, before, strict=True))
+
+    return steps()

@@ -6,7 +6,6 @@ import json
 import os
 import platform
 import subprocess
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -105,11 +104,10 @@ def choices() -> list[dict]:
 def checks() -> list[dict]:
     """The five checks, in their own process: without a GPU they need Triton's interpreter, which this one lacks."""
     from ..checks import interpreter_environment
+    from ..processes import module_command
 
-    search_path = os.pathsep.join(filter(None, (str(PACKAGE.parent), os.environ.get("PYTHONPATH"))))
-    environment = os.environ | interpreter_environment() | {"PYTHONPATH": search_path}
-    command = [sys.executable, "-m", f"{PACKAGE.name}.checks"]
-    run = subprocess.run(command, env=environment, capture_output=True, text=True)
+    environment = os.environ | interpreter_environment()
+    run = subprocess.run(module_command("checks"), env=environment, capture_output=True, text=True)
     results = [json.loads(line) for line in run.stdout.splitlines() if line.startswith("{")]
     if run.returncode and all(result["passed"] for result in results):
         last_line = (run.stderr.strip().splitlines() or [f"exit status {run.returncode}"])[-1]

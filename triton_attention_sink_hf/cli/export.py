@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 from pathlib import Path
 from typing import Annotated
 
 import typer
 
+from .refusal import refuse
+from .written import Written
+
 PACKAGE = Path(__file__).absolute().parent.parent
 KERNEL = "triton-attention-sink"
 OPERATORS = "triton_attention_sink::"
+BUILD = "build/torch-universal"
+LISTING = "export.json"  # the files that export wrote, so that another export replaces these alone
 # What attention_sink and flash_attn_* need: nothing of transformers, nothing of the command line.
 SOURCES = ("call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "validation.py")
 INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
@@ -35,11 +39,14 @@ Exact attention with learned sinks (`s_aux`) in Triton, forward and backward: `f
 def export(
     directory: Annotated[Path, typer.Argument(metavar="DIR", help="New or empty folder, or an earlier export.")],
 ) -> None:
-    """Write a Hub kernel folder: upload it to org/name, then attn_implementation: org/name."""
+    """Write a Hub kernel folder: upload it to org/name, then attn_implementation: org/name.
+
+    In an earlier export it replaces what it wrote then and nothing else. Exits 2 if other files are in its way.
+    """
     try:
         build = write(directory)
-    except ValueError as error:
-        raise typer.BadParameter(f"{error}") from error
+    except (ValueError, OSError) as error:
+        refuse(error)
     print(f"wrote {build}")
     print(f'try it offline: LOCAL_KERNELS="kernels-community/{KERNEL}={directory.absolute()}"')
     print(f"                attn_implementation: kernels-community/{KERNEL}")
@@ -49,12 +56,11 @@ def write(directory: Path) -> Path:
     """Write the folder and return its build variant, DIR/build/torch-universal.
 
     Raises:
-        ValueError: DIR holds something that is not an earlier export.
+        ValueError: DIR holds something that is not an earlier export, or what export wrote was changed since.
+        OSError: DIR cannot be written.
     """
-    build = directory / "build" / "torch-universal"
-    if directory.exists() and not directory.is_dir():
-        raise ValueError(f"DIR must be a folder, got the file {directory}")
-    if directory.exists() and any(directory.iterdir()) and not _is_export(build):
+    written = Written(directory, LISTING)
+    if directory.exists() and any(directory.iterdir()) and not written.digests:
         raise ValueError(f"DIR must be new, empty or an earlier export, got {directory} with other contents")
     sources = {name: (PACKAGE / name).read_text() for name in SOURCES}
     for file in sorted((PACKAGE / "implementations").rglob("*.py")):
@@ -74,15 +80,6 @@ def write(directory: Path) -> Path:
     }
     sources["metadata.json"] = json.dumps(metadata, indent=2) + "\n"
 
-    if build.exists():
-        shutil.rmtree(build)
-    for name, text in sources.items():
-        (build / name).parent.mkdir(parents=True, exist_ok=True)
-        (build / name).write_text(text)
-    (directory / "README.md").write_text(CARD)
-    return build
-
-
-def _is_export(build: Path) -> bool:
-    metadata = build / "metadata.json"
-    return metadata.is_file() and json.loads(metadata.read_text()).get("name") == KERNEL
+    files = {f"{BUILD}/{name}": text.encode() for name, text in sources.items()} | {"README.md": CARD.encode()}
+    written.write(files, replace=True)
+    return directory / BUILD

@@ -8,6 +8,8 @@ from typing import Annotated
 
 import typer
 
+from .refusal import one_line, refuse
+
 WORST = 5
 
 
@@ -30,18 +32,17 @@ def verify(
 ) -> None:
     """Compare this attention, on one packed row, with eager, sample by sample: log-probs and every gradient.
 
-    Exits 1 on a FAIL, 2 if the model cannot be loaded or does not fit.
+    Exits 1 on a FAIL, 2 if there is nothing to compare: no such model, device or attention, or too little memory.
     """
-    from ..verify import verify as compare
-
     try:
+        from ..verify import verify as compare
+
         report = compare(
             model, dtype=dtype.value, device=device or None, attention=attention, layers=layers, seed=seed,
             log=lambda line: typer.echo(line, err=True),
         )  # fmt: skip
-    except (OSError, ValueError) as error:
-        typer.echo(f"{model} cannot be verified: {error}", err=True)
-        raise typer.Exit(2) from None
+    except (ImportError, ValueError) as error:
+        refuse(f"{model} cannot be verified: {one_line(error)}")
     if as_json:
         print(json.dumps(report.as_dict(), indent=2))
     else:

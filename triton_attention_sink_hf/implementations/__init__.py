@@ -10,7 +10,7 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
-KERNELS = ("triton_window", "triton_hopper", "triton")  # fastest first
+KERNELS = ("triton_window", "triton_hopper", "triton")  # fastest first; the last one supports what any other does
 REFERENCE = "reference"
 
 
@@ -27,6 +27,11 @@ def load(name: str) -> ModuleType:
     else:
         raise ValueError(f"name must be one of {KERNELS}, got {name!r}")
     return backend
+
+
+def fastest(call) -> str:
+    """The implementation that "auto" takes for ``call``."""
+    return next(name for name in (*KERNELS, REFERENCE) if unsupported_reason(name, call, automatic=True) is None)
 
 
 def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:

@@ -11,6 +11,7 @@ except ImportError as error:
     raise ImportError(f"triton must be installed for the Triton kernels ({error})") from error
 
 from ...call import Call
+from ...masks import MAX_ROWS
 from .backward import launch_backward
 from .forward import launch_forward
 from .launch import MAX_PACK, Problem
@@ -31,6 +32,8 @@ def supports(call: Call) -> str | None:
         _, token, head, column = x.stride()
         if token * 128 + head * MAX_PACK + column * 256 >= 2**31:
             return f"{name}'s strides must span less than 2 ** 31 elements in a tile, got {tuple(x.stride())}"
+        if x.shape[1] >= MAX_ROWS:  # so that positions beside the longest window are 32-bit
+            return f"{name} must have less than 2 ** 30 rows, got {x.shape[1]}"
     return None
 
 

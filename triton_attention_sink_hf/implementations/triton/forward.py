@@ -124,6 +124,7 @@ def _attn_fwd_kernel(
         top = tl.maximum(top, sink)
     top = tl.where(top == float("-inf"), 0.0, top)
     keys = tl.exp2(m - top * LOG2E)
+    keys = tl.where(m == float("-inf"), 0.0, keys)  # top * LOG2E of a very negative sink is -inf too, and keys NaN
     l = l * keys
     if HAS_SINK:
         l += tl.exp2((sink - top) * LOG2E)

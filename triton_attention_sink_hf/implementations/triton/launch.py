@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call, Layout, layout_of
+from ...call import Call, Layout
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -29,15 +29,7 @@ class Problem:
     def __init__(self, call: Call):
         self.call = call
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
-        self.layout = call.layout
-        if self.layout is None:
-            mask = call.mask
-            tensors = (
-                call.q, call.k, call.v, call.sinks,
-                mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-            )  # fmt: skip
-            options = (mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic)
-            self.layout = layout_of(tensors, *options) or Layout()
+        self.layout = call.layout or Layout()
 
     @property
     def batch(self) -> int:
@@ -68,11 +60,11 @@ class Problem:
 
     @property
     def block_d(self) -> int:
-        return next_power_of_2(self.call.q.shape[-1])
+        return padded(self.call.q.shape[-1])
 
     @property
     def block_dv(self) -> int:
-        return next_power_of_2(self.call.v.shape[-1])
+        return padded(self.call.v.shape[-1])
 
     @property
     def target(self) -> str:
@@ -81,13 +73,14 @@ class Problem:
 
     @property
     def ranges(self) -> Tensor | None:
-        """Packed rows: the intervals of visible keys per query, then of seeing queries per key; int32 (2 Tq + 2 Tk)."""
+        """Packed rows, int32 (4 Tq + 4 Tk): the interval of visible keys and the segment of every query, then the
+        interval of seeing queries and the segment of every key."""
         mask = self.call.mask
         if not mask.packed:
             return None
         seqlen_q, seqlen_k = self.seqlen_q, self.seqlen_k
         cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
-        ranges = cu_q.new_empty(2 * (seqlen_q + seqlen_k))
+        ranges = cu_q.new_empty(4 * (seqlen_q + seqlen_k))
         launch = _ranges_launch(cu_q.numel() - 1, seqlen_q, seqlen_k, mask.left, mask.right)
         launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
         return ranges
@@ -206,7 +199,7 @@ def addressable(x: Tensor) -> bool:
 
 def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int) -> Blocks:
     """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    block_shape = [1, tokens, heads, next_power_of_2(shape[-1])]
+    block_shape = [1, tokens, heads, padded(shape[-1])]
     return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
@@ -216,6 +209,11 @@ def ceil_div(a: int, b: int) -> int:
 
 def next_power_of_2(n: int) -> int:
     return 1 << (n - 1).bit_length()
+
+
+def padded(d: int) -> int:
+    """Columns of a tile for head dimension d; a matrix product needs 16."""
+    return max(next_power_of_2(d), 16)
 
 
 @functools.lru_cache

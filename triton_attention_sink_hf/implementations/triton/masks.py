@@ -44,7 +44,7 @@ def key_interval(
     """Queries [lo, hi) that see keys ``j``; keys past the last are seen as the last one is."""
     j = tl.minimum(j, seqlen_k - 1)
     if PACKED:
-        ptr = ranges_ptr + 2 * seqlen_q
+        ptr = ranges_ptr + 4 * seqlen_q
         return tl.load(ptr + j), tl.load(ptr + seqlen_k + j)
     if HAS_SEQUSED:
         used = tl.maximum(tl.minimum(tl.load(seqused_ptr + b), seqlen_k), 0)
@@ -73,20 +73,28 @@ def _segment_ranges(
     ranges_ptr, cu_own_ptr, cu_other_ptr, n_segments, n_own, n_other, before, after, search_steps,
     HAS_BEFORE: tl.constexpr, HAS_AFTER: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ranges (2, n_own): lo and hi among the other side's rows for each row of the own side of packed segments.
+    """ranges (4, n_own), for each row of the own side of packed segments: lo and hi among the other side's rows, start
+    and end of its segment.
 
-    Whatever cu_seqlens hold, the result lies in [0, n_other]. Rows past the last segment see nothing.
+    Whatever cu_seqlens hold, lo and hi lie in [0, n_other], and the segments cut [0, n_own): rows before the first
+    belong to it, rows past the last form one more. These see nothing.
     """
     i = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    # the first segment that ends after row i, by bisection
+    # the first segment that ends after row i, by bisection: the same one for all rows between the ends it compared with
     low = tl.zeros([BLOCK], tl.int32)
     high = tl.zeros([BLOCK], tl.int32) + n_segments
+    own_start = tl.zeros([BLOCK], tl.int32)
+    own_stop = tl.zeros([BLOCK], tl.int32) + n_own
     for _ in range(search_steps):
         middle = (low + high) // 2
         unsure = low < high
-        ends_before = unsure & (tl.load(cu_own_ptr + middle + 1, mask=unsure, other=0) <= i)
+        ends = tl.load(cu_own_ptr + middle + 1, mask=unsure, other=0)
+        ends_before = unsure & (ends <= i)
+        ends_after = unsure & (ends > i)
         low = tl.where(ends_before, middle + 1, low)
-        high = tl.where(unsure & (ends_before == 0), middle, high)
+        high = tl.where(ends_after, middle, high)
+        own_start = tl.where(ends_before, tl.maximum(ends, own_start), own_start)
+        own_stop = tl.where(ends_after, tl.minimum(ends, own_stop), own_stop)
     inside = low < n_segments
     segment = tl.minimum(low, n_segments - 1)
     own_end = tl.load(cu_own_ptr + segment + 1)
@@ -94,8 +102,11 @@ def _segment_ranges(
     start = tl.minimum(tl.maximum(tl.load(cu_other_ptr + segment), 0), n_other)
     end = tl.minimum(tl.maximum(other_end, start), n_other)
     lo, hi = interval(i, other_end - own_end, before, after, start, end, HAS_BEFORE, HAS_AFTER)
-    tl.store(ranges_ptr + i, tl.where(inside, lo, end), mask=i < n_own)
-    tl.store(ranges_ptr + n_own + i, tl.where(inside, hi, end), mask=i < n_own)
+    own = i < n_own
+    tl.store(ranges_ptr + i, tl.where(inside, lo, end), mask=own)
+    tl.store(ranges_ptr + n_own + i, tl.where(inside, hi, end), mask=own)
+    tl.store(ranges_ptr + 2 * n_own + i, own_start, mask=own)
+    tl.store(ranges_ptr + 3 * n_own + i, own_stop, mask=own)
 
 
 @triton.jit
@@ -103,7 +114,7 @@ def _segment_range_kernel(
     ranges_ptr, cu_q_ptr, cu_k_ptr, n_segments, seqlen_q, seqlen_k, left, right, search_steps,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, BLOCK: tl.constexpr,
 ):  # fmt: skip
-    """ranges: (2, Tq) of keys per query, then (2, Tk) of queries per key; program_id(1) picks the side."""
+    """ranges: (4, Tq) of the queries, then (4, Tk) of the keys; program_id(1) picks the side."""
     if tl.program_id(1) == 0:
         _segment_ranges(
             ranges_ptr, cu_q_ptr, cu_k_ptr, n_segments, seqlen_q, seqlen_k, left, right, search_steps,
@@ -111,6 +122,6 @@ def _segment_range_kernel(
         )  # fmt: skip
     else:
         _segment_ranges(
-            ranges_ptr + 2 * seqlen_q, cu_k_ptr, cu_q_ptr, n_segments, seqlen_k, seqlen_q, right, left, search_steps,
+            ranges_ptr + 4 * seqlen_q, cu_k_ptr, cu_q_ptr, n_segments, seqlen_k, seqlen_q, right, left, search_steps,
             HAS_RIGHT, HAS_LEFT, BLOCK,
         )  # fmt: skip

@@ -77,11 +77,12 @@ def store_tile(
 def exp(x):
     """exp(x) to about an ulp: exp2(log2(e) x) alone is off by the rounding of its argument, which grows with abs(x).
 
-    x = n ln 2 + r by Cody and Waite: the first part of ln 2 has so few bits that its products with n are exact.
+    x = n ln 2 + r by Cody and Waite: the first part of ln 2 has so few bits that its products with n are exact, as long
+    as n has few too. Where exp(x) is 0 or infinite, any x will do.
     """
+    x = tl.clamp(x, -200.0, 200.0, propagate_nan=tl.PropagateNan.ALL)
     n = tl.floor(x * LOG2E + 0.5)
     r = (x - n * 0.693359375) + n * 2.12194440e-4
-    r = tl.where(tl.abs(x) < float("inf"), r, x)
     return tl.exp2(n) * tl.exp2(r * LOG2E)
 
 

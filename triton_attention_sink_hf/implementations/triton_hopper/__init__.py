@@ -7,7 +7,7 @@ from torch import Tensor
 
 from .. import triton as portable
 from ..triton.launch import Problem, addressable, target_name
-from .config import MAX_FUSED_DIM, MIN_MEAN_SEGMENT, MIN_QUERIES, TARGETS, TRITON_VERSIONS, triton_version
+from .config import MAX_FUSED_DIM, MIN_QUERIES, TARGETS, TRITON_VERSIONS, triton_version
 
 if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
     low, high = (".".join(map(str, version)) for version in TRITON_VERSIONS)
@@ -37,6 +37,8 @@ def supports(call: Call) -> str | None:
         return f"the Hopper kernels take bfloat16 or float16, got {q.dtype}"
     if max(q.shape[-1], v.shape[-1]) <= 32:
         return "the Hopper kernels take head dimensions above 32"
+    if q.shape[-1] % 8 or v.shape[-1] % 8:  # out and the gradients go by the copy engine too
+        return "the Hopper kernels take head dimensions that are multiples of 8"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
@@ -45,11 +47,9 @@ def supports(call: Call) -> str | None:
 
 def avoid(call: Call) -> str | None:
     """Why "auto" leaves ``call`` to the portable kernels, which are faster there; None if it does not."""
-    q, cu = call.q, call.mask.cu_seqlens_q
-    if q.shape[1] < MIN_QUERIES:
-        return f"the portable kernels are faster for fewer than {MIN_QUERIES} queries, got {q.shape[1]}"
-    if cu is not None and q.shape[1] < MIN_MEAN_SEGMENT * (cu.numel() - 1):
-        return f"the portable kernels are faster for packed rows of less than {MIN_MEAN_SEGMENT} tokens on average"
+    queries = call.q.shape[1]
+    if queries < MIN_QUERIES:
+        return f"the portable kernels are faster for fewer than {MIN_QUERIES} queries, got {queries}"
     return None
 
 

@@ -30,7 +30,7 @@ from ..triton.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import hide, key_tile, seeing_queries
+from .schedule import hide, is_surplus, key_tile, seeing_queries
 from .statistics import ALIGN, ROWS, new_statistics, prepare_launch, statistics_blocks
 
 BLOCK_M = 64  # queries of a block, and keys of a consumer
@@ -284,6 +284,9 @@ def _hopper_bwd_kernel(
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    if PACKED:  # noqa: SIM102
+        if is_surplus(table_ptr, heads):
+            return
     dtype: gl.constexpr = q_desc.dtype
     k_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, BLOCK_DV], v_desc.layout)
@@ -333,12 +336,10 @@ def _hopper_bwd_kernel(
 
 
 @planned
-def _plan(
-    problem: Problem, segments: int, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides
-) -> tuple:
+def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides) -> tuple:
     """The three launches."""
     call, mask, config = problem.call, problem.call.mask, backward_config(problem)
-    slots = table_slots(problem.seqlen_k, segments, KEYS)
+    slots = table_slots(problem.seqlen_k, KEYS)
     tiles = slots if mask.packed else ceil_div(problem.seqlen_k, KEYS)
     d, constants = call.q.shape[-1], call_constants(problem)
     finish = {
@@ -393,10 +394,8 @@ def _plan(
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, dk, dv, and dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call = problem.call
-    cu = call.mask.cu_seqlens_k
     prepare, main, finish = _plan(
-        problem, 0 if cu is None else cu.numel() - 1, out.stride(), dout.stride(),
-        None if dlse is None else dlse.stride(), dq.stride(), dk.stride(), dv.stride(),
+        problem, *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv))
     )  # fmt: skip
     buffer = lse.new_empty(call.q.shape)
     statistics, dsink_parts = new_statistics(problem, lse, dsinks is not None)
@@ -406,7 +405,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     )  # fmt: skip
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
-    key_ranges = unused if ranges is None else ranges[2 * problem.seqlen_q :]
+    key_ranges = unused if ranges is None else ranges[4 * problem.seqlen_q :]
     main(
         q_desc=call.q,
         dout_desc=dout,
@@ -420,7 +419,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dk_ptr=dk,
         dv_ptr=dv,
         ranges_ptr=key_ranges,
-        table_ptr=unused if ranges is None else tile_table(cu, key_ranges, problem.seqlen_k, KEYS),
+        table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, KEYS),
     )
     finish(buffer_ptr=buffer, dq_ptr=dq)
     if dsinks is not None:

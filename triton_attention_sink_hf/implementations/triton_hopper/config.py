@@ -37,7 +37,6 @@ _FORWARD = {
 BACKWARD_L2_KEYS = 16384
 WIDE_L2_BYTES = 256 * MIB  # what the heads that are worked on side by side read, backward above MAX_FUSED_DIM
 MIN_QUERIES = 64  # fewer leave most of a tile empty
-MIN_MEAN_SEGMENT = 256  # rows: a tile is of one segment, so shorter ones leave it half empty
 
 
 def forward_config(problem: Problem) -> ForwardConfig:

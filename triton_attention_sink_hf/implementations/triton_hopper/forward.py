@@ -25,6 +25,7 @@ from .launch import call_constants, row_blocks, section_of_heads, table_slots, t
 from .schedule import block_range, interval, own_blocks, persistent_item, tile_count, work_item
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
+LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # of fp32
 
 
 @gluon.jit
@@ -60,7 +61,7 @@ def _producer(
     tiles = tile_count(table_ptr, tiles, PACKED)
     for _ in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
         item = persistent_item(i, tiles * heads)
-        first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
+        first, end, bh = work_item(item, table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
         head_k = head // group
@@ -204,7 +205,7 @@ def _consumer(
     ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, slots, tiles, heads, section = sizes
     TILE: gl.constexpr = 64 * CONSUMERS
     SKIPS: gl.constexpr = BLOCK_DV <= 128  # beyond, it takes registers that are not there
-    HAS_LO: gl.constexpr = HAS_LEFT  # all rows of a tile are of one segment
+    HAS_LO: gl.constexpr = HAS_LEFT or PACKED  # short segments share a tile
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
@@ -229,7 +230,7 @@ def _consumer(
     i = 0  # tiles done
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         item = persistent_item(i, items)
-        first, end, bh = work_item(item, table_ptr, slots, tiles, heads, seqlen_q, section, TILE, True, PACKED)
+        first, end, bh = work_item(item, table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED)
         b = bh // heads_q
         head = bh - b * heads_q
         start, n = block_range(
@@ -294,12 +295,14 @@ def _consumer(
         )  # fmt: skip
         c += 1
 
-        # the sink joins last, in natural units, so that a row that it dominates has lse = sink exactly
-        top = m * LN2
+        # The sink joins last, in natural units, so that a row that it dominates has lse = sink exactly. So has a row
+        # that has seen no key, where it may be below what NOTHING stands for.
+        seen = l > 0.0
+        top = gl.where(seen, m * LN2, LOWEST)
         if HAS_SINK:
             sink = gl.load(sink_ptr + head).to(gl.float32)
             top = gl.maximum(top, sink)
-        keys = gl.exp2(m - top * LOG2E)
+        keys = gl.where(seen, gl.exp2(m - top * LOG2E), 0.0)
         l = l * keys
         if HAS_SINK:
             l += gl.exp2((sink - top) * LOG2E)
@@ -407,13 +410,13 @@ def _hopper_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides, segments: int) -> tuple:
+def _plan(problem: Problem, out_strides) -> tuple:
     """Rows of a tile, launch."""
     call, mask, config = problem.call, problem.call.mask, forward_config(problem)
     tile = 64 * config.consumers
     heads = problem.batch * problem.heads_q
     bytes_per_key = (call.k.shape[-1] + call.v.shape[-1]) * call.k.element_size()
-    slots = table_slots(problem.seqlen_q, segments, tile)
+    slots = table_slots(problem.seqlen_q, tile)
     tiles = slots if mask.packed else ceil_div(problem.seqlen_q, tile)
     constants = {
         **call_constants(problem),
@@ -445,8 +448,7 @@ def _plan(problem: Problem, out_strides, segments: int) -> tuple:
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    cu = call.mask.cu_seqlens_q
-    tile, launch = _plan(problem, out.stride(), 0 if cu is None else cu.numel() - 1)
+    tile, launch = _plan(problem, out.stride())
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
     launch(
@@ -457,5 +459,5 @@ def launch_forward(problem: Problem, out, lse) -> None:
         lse_ptr=lse,
         sink_ptr=unused if problem.sinks is None else problem.sinks,
         ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(cu, ranges, problem.seqlen_q, tile),
+        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, tile),
     )

@@ -86,34 +86,39 @@ def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
     return section
 
 
-def table_slots(rows: int, segments: int, tile: int) -> int:
-    """Upper bound of the tiles of packed rows."""
-    return rows // tile + segments + 1
+def table_slots(rows: int, tile: int) -> int:
+    """Upper bound of the tiles of packed rows, however many segments there are."""
+    return 3 * ceil_div(rows, tile)
 
 
-def tile_table(cu_seqlens: Tensor, ranges: Tensor, rows: int, tile: int) -> Tensor:
-    """Tiles of packed rows, none over two segments, most visible scores first, without a host synchronisation.
+def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
+    """Tiles of packed rows, most visible scores first, without a host synchronisation.
 
-    int32 (1 + 2 slots): their number, their first rows, the ends of their segments.
+    Segments of ``tile`` rows and more have their own tiles, from their first row on; shorter ones share a tile.
+
+    Args:
+        ranges: ``Problem.ranges`` of the side that has the rows.
+
+    Returns:
+        int32 (1 + 2 slots): the number of tiles, their first rows, the ends of their rows (a tile ends there or after
+        ``tile`` rows).
     """
-    segments = cu_seqlens.numel() - 1
-    table = ranges.new_empty(1 + 2 * table_slots(rows, segments, tile))
-    launch = _table_launch(segments, rows, tile)
-    launch(table_ptr=table, cu_ptr=cu_seqlens.contiguous(), ranges_ptr=ranges)
+    table = ranges.new_empty(1 + 2 * table_slots(rows, tile))
+    _table_launch(rows, tile)(table_ptr=table, ranges_ptr=ranges)
     return table
 
 
 @functools.lru_cache(MAX_PLANS)
-def _table_launch(segments: int, rows: int, tile: int) -> Launch:
-    slots = table_slots(rows, segments, tile)
-    block = 64
+def _table_launch(rows: int, tile: int) -> Launch:
+    slots = table_slots(rows, tile)
+    block = 32
     return Launch(
         _tile_table_kernel,
         (ceil_div(slots, block),),
-        n_segments=segments,
         n_rows=rows,
         slots=slots,
-        search_steps=segments.bit_length(),
         TILE=tile,
         BLOCK=block,
+        OTHERS=512,  # each round waits for two loads that depend on each other
+        num_warps=8,
     )

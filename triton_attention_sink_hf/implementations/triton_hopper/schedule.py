@@ -15,6 +15,12 @@ def tile_count(table_ptr, tiles, PACKED: gl.constexpr):
 
 
 @gluon.jit
+def is_surplus(table_ptr, heads):
+    """Whether this program, one for each tile that packed rows could have, has none."""
+    return gl.program_id(0) >= gl.load(table_ptr) * heads
+
+
+@gluon.jit
 def persistent_item(r, items):
     """Item of this program in round r of persistent programs: every other round runs backwards.
 
@@ -28,9 +34,9 @@ def persistent_item(r, items):
 
 @gluon.jit
 def work_item(
-    t, table_ptr, slots, tiles, heads, rows, section, TILE: gl.constexpr, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr
+    t, table_ptr, slots, tiles, rows, section, TILE: gl.constexpr, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr
 ):
-    """(first row, end of rows, head of the batch) of item t. Packed items past the last begin and end at ``rows``.
+    """(first row, end of rows, head of the batch) of item t. Rows of a tile end there, or after TILE of them.
 
     Heavy tiles come first in a section of heads, whose keys fit L2.
     """
@@ -40,10 +46,9 @@ def work_item(
     j = r // section
     head = s * section + r - j * section
     if PACKED:
-        surplus = t >= tiles * heads
-        first = gl.where(surplus, rows, gl.load(table_ptr + 1 + j))
-        end = gl.where(surplus, rows, gl.load(table_ptr + 1 + slots + j))
-        head = gl.where(surplus, 0, head)
+        real = j < tiles  # always; the choice spares the fused backward spills at D 128 (triton 3.6)
+        first = gl.where(real, gl.load(table_ptr + 1 + j), rows)
+        end = gl.where(real, gl.load(table_ptr + 1 + slots + j), rows)
     else:
         if LAST_FIRST:
             j = tiles - 1 - j
@@ -113,9 +118,9 @@ def key_tile(
 ):  # fmt: skip
     """The tile of keys of this program: (first key, end of keys, batch row, head, first query, blocks of STEP queries,
     Hkv, heads of its group)."""
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section = sizes
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, _heads, section = sizes
     tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_k, section, TILE, False, PACKED)
+    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_k, section, TILE, False, PACKED)
     b = bh // heads_k
     start, blocks = block_range(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, TILE, STEP, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
@@ -157,26 +162,26 @@ def hide(
     return s
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["n_rows", "slots"])
 def _tile_table_kernel(
-    table_ptr, cu_ptr, ranges_ptr, n_segments, n_rows, slots, search_steps, TILE: tl.constexpr, BLOCK: tl.constexpr
+    table_ptr, ranges_ptr, n_rows, slots, TILE: tl.constexpr, BLOCK: tl.constexpr, OTHERS: tl.constexpr
 ):  # fmt: skip
-    """table (1 + 2 slots): how many tiles there are, then their first rows, then where their segments end.
+    """table (1 + 2 slots): how many tiles there are, then their first rows, then the ends of their rows.
 
-    Most work first: each program ranks BLOCK tiles by counting those before them.
+    Most work first: each program ranks BLOCK tiles by counting those before them, OTHERS at a time.
     """
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
-    first, end, work = _slot_tile(mine, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE)
+    first, end, work = _slot_tile(mine, ranges_ptr, n_rows, TILE)
     rank = tl.zeros([BLOCK], tl.int32)
-    count = tl.zeros([BLOCK], tl.int32)
-    for start in range(0, slots, BLOCK):
-        other = start + tl.arange(0, BLOCK)
-        _, _, theirs = _slot_tile(other, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE)
+    count = tl.zeros([OTHERS], tl.int32)
+    for start in range(0, slots, OTHERS):
+        other = start + tl.arange(0, OTHERS)
+        _, _, theirs = _slot_tile(other, ranges_ptr, n_rows, TILE)
         before = (theirs[None, :] > work[:, None]) | (
             (theirs[None, :] == work[:, None]) & (other[None, :] < mine[:, None])
         )
-        rank += tl.sum((before & (other < slots)[None, :]).to(tl.int32), 1)
-        count += ((theirs > 0) & (other < slots)).to(tl.int32)
+        rank += tl.sum(before.to(tl.int32), 1)
+        count += (theirs > 0).to(tl.int32)
     tl.store(table_ptr + 1 + rank, first, mask=mine < slots)
     tl.store(table_ptr + 1 + slots + rank, end, mask=mine < slots)
     if tl.program_id(0) == 0:
@@ -184,27 +189,30 @@ def _tile_table_kernel(
 
 
 @triton.jit
-def _slot_tile(slot, cu_ptr, ranges_ptr, n_segments, n_rows, search_steps, TILE: tl.constexpr):
-    """First row, end of the segment and work of the tile in a slot; n_rows, n_rows and 0 if there is none.
+def _slot_tile(slot, ranges_ptr, n_rows, TILE: tl.constexpr):
+    """First row, end and work of the tile in a slot; n_rows, n_rows and 0 if there is none, as in slots past the last.
 
-    Tile t of segment s has slot cu[s] // TILE + s + t, which no other tile has, so no prefix sum is needed; some slots
-    stay empty. Rows after the last segment form one more. Whatever cu_seqlens hold, rows lie in [0, n_rows], and those
-    before the first segment have tiles too.
+    Three slots for TILE rows, a cell: what its first and last row say of their segments finds its tiles. Slot 0: the
+    tile that begins in the cell, of a segment of at least TILE rows that began before. 1: the cell's rows of shorter
+    segments, together. 2: the first tile of such a longer segment that begins in the cell; there cannot be two.
     """
-    low = slot * 0  # the last segment whose first slot is not past this one
-    high = slot * 0 + n_segments
-    for _ in range(search_steps):
-        middle = (low + high + 1) // 2
-        start = tl.minimum(tl.maximum(tl.load(cu_ptr + middle), 0), n_rows)
-        after = start // TILE + middle > slot
-        low = tl.where(after, low, middle)
-        high = tl.where(after, middle - 1, high)
-    start = tl.where(low == 0, 0, tl.minimum(tl.maximum(tl.load(cu_ptr + low), 0), n_rows))
-    last = low == n_segments
-    end = tl.where(last, n_rows, tl.load(cu_ptr + tl.minimum(low + 1, n_segments)))
-    end = tl.minimum(tl.maximum(end, start), n_rows)
-    first = start + tl.maximum(slot - start // TILE - low, 0) * TILE
-    filled = first < end
+    cell_start = slot // 3 * TILE
+    kind = slot % 3
+    cell_end = tl.minimum(cell_start + TILE, n_rows)
+    real = cell_start < n_rows
+    ptr = ranges_ptr + 2 * n_rows
+    left_start = tl.load(ptr + cell_start, mask=real, other=0)
+    left_end = tl.load(ptr + n_rows + cell_start, mask=real, other=0)
+    right_start = tl.load(ptr + cell_end - 1, mask=real, other=0)
+    right_end = tl.load(ptr + n_rows + cell_end - 1, mask=real, other=0)
+    runs_on = (left_end - left_start >= TILE) & (left_start < cell_start)
+    begins = (right_end - right_start >= TILE) & (right_start >= cell_start)
+    tiles_before = (cell_start - left_start + TILE - 1) // TILE
+    short_start = tl.where(runs_on, tl.minimum(left_end, cell_end), cell_start)
+    short_end = tl.where(begins, right_start, cell_end)
+    first = tl.where(kind == 0, left_start + tiles_before * TILE, tl.where(kind == 1, short_start, right_start))
+    end = tl.where(kind == 0, left_end, tl.where(kind == 1, short_end, right_end))
+    filled = real & (first < end) & ((kind == 1) | ((kind == 0) & runs_on) | ((kind == 2) & begins))
     lo = tl.load(ranges_ptr + first, mask=filled, other=0)
     hi = tl.load(ranges_ptr + n_rows + tl.minimum(first + TILE, end) - 1, mask=filled, other=0)
     work = tl.where(filled, tl.maximum(hi - lo, 0) + 1, 0)

@@ -42,16 +42,16 @@ def _prepare_kernel(
         delta -= tl.load(dlse_base + i.to(tl.int64) * stride_dlt, mask=valid, other=0.0)
     head = b * heads_q + h
     lse = tl.load(lse_ptr + head * seqlen_q + i, mask=valid, other=float("-inf"))
-    empty = lse == float("-inf")
+    base_2 = lse * LOG2E  # -inf, too, for the lowest sinks, which are the lse of rows that see no key
     statistics = statistics_ptr + head * padded_q + i
-    tl.store(statistics, tl.where(empty, float("inf"), lse * LOG2E))
+    tl.store(statistics, tl.where(base_2 == float("-inf"), float("inf"), base_2))
     tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)
     if HAS_BUFFER:
         d = tl.arange(0, BLOCK_D)[None, :]
         buffer = buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d
         tl.store(buffer, tl.zeros([ROWS, BLOCK_D], tl.float32), mask=valid[:, None] & (d < D))
     if HAS_SINK:
-        p_sink = tl.where(empty, 0.0, exp(tl.load(sink_ptr + h).to(tl.float32) - lse))
+        p_sink = tl.where(lse == float("-inf"), 0.0, exp(tl.load(sink_ptr + h).to(tl.float32) - lse))
         tl.store(dsink_ptr + (b * tiles + tile) * heads_q + h, -tl.sum(p_sink * delta, 0))
 
 

@@ -24,7 +24,17 @@ from .backward import store_rows
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import block_range, hide, interval, key_tile, own_blocks, seeing_queries, tile_count, work_item
+from .schedule import (
+    block_range,
+    hide,
+    interval,
+    is_surplus,
+    key_tile,
+    own_blocks,
+    seeing_queries,
+    tile_count,
+    work_item,
+)
 from .statistics import ALIGN, new_statistics, prepare_launch, statistics_blocks
 
 BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
@@ -180,6 +190,9 @@ def _hopper_dkv_kernel(
     BLOCK: gl.constexpr, ALIGN: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    if PACKED:  # noqa: SIM102
+        if is_surplus(table_ptr, heads):
+            return
     dtype: gl.constexpr = q_desc.dtype
     k_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK, BLOCK_D], k_desc.layout)
     v_smem = gl.allocate_shared_memory(dtype, [1, 1, BLOCK, BLOCK_DV], v_desc.layout)
@@ -236,11 +249,9 @@ def _dq_loader(
     BLOCK: gl.constexpr, QUERIES: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
 ):  # fmt: skip
     q_smem, dout_smem, k_smem, v_smem, rows_full, k_full, k_empty, v_full, v_empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section = sizes
+    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, _heads, section = sizes
     tiles = tile_count(table_ptr, tiles, PACKED)
-    first, end, bh = work_item(
-        gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_q, section, QUERIES, True, PACKED
-    )
+    first, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_q, section, QUERIES, True, PACKED)
     b = bh // heads_q
     head = bh - b * heads_q
     head_k = head // group
@@ -276,9 +287,7 @@ def _dq_consumer(
     dtype: gl.constexpr = q_smem.dtype
     scale = softmax_scale * LOG2E
     tiles = tile_count(table_ptr, tiles, PACKED)
-    first, end, bh = work_item(
-        gl.program_id(0), table_ptr, slots, tiles, heads, seqlen_q, section, QUERIES, True, PACKED
-    )
+    first, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_q, section, QUERIES, True, PACKED)
     b = bh // heads_q
     start, n = block_range(
         first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, QUERIES, BLOCK, 1, HAS_LEFT, HAS_RIGHT, PACKED
@@ -343,6 +352,9 @@ def _hopper_dq_kernel(
     BLOCK: gl.constexpr, QUERIES: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    if PACKED:  # noqa: SIM102
+        if is_surplus(table_ptr, heads):
+            return
     dtype: gl.constexpr = q_desc.dtype
     q_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, BLOCK_D], q_desc.layout)
     dout_smem = gl.allocate_shared_memory(dtype, [2, 1, 1, BLOCK, BLOCK_DV], dout_desc.layout)
@@ -382,10 +394,7 @@ def _hopper_dq_kernel(
 
 
 @planned
-def _plan(
-    problem: Problem, segments_q: int, segments_k: int, out_strides, dout_strides, dlse_strides, dq_strides,
-    dk_strides, dv_strides,
-) -> tuple:  # fmt: skip
+def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides) -> tuple:
     """Launches: statistics; dk and dv, or None where they are not asked for; dq."""
     call, packed, constants = problem.call, problem.call.mask.packed, call_constants(problem)
     prepare = prepare_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=False)
@@ -399,8 +408,8 @@ def _plan(
     statistics = statistics_blocks(problem, BLOCK)
     bytes_per_row = (q.shape[-1] + v.shape[-1]) * q.element_size()
 
-    def launch(kernel, blocks: dict, rows: int, tile: int, segments: int, heads: int, section: int, **rest) -> Launch:
-        slots = table_slots(rows, segments, tile)
+    def launch(kernel, blocks: dict, rows: int, tile: int, heads: int, section: int, **rest) -> Launch:
+        slots = table_slots(rows, tile)
         tiles = slots if packed else ceil_div(rows, tile)
         total = problem.batch * heads
         grid = (tiles * total,)
@@ -413,12 +422,12 @@ def _plan(
         group = problem.heads_q // problem.heads_k
         dkv = launch(
             _hopper_dkv_kernel, {**blocks, "lse_desc": statistics, "delta_desc": statistics},
-            problem.seqlen_k, BLOCK, segments_k, problem.heads_k,
+            problem.seqlen_k, BLOCK, problem.heads_k,
             section_of_heads(problem, problem.heads_k, WIDE_L2_BYTES // (bytes_per_row * group)),
             heads_k=problem.heads_k, **strides("dk", dk_strides), **strides("dv", dv_strides), ALIGN=ALIGN,
         )  # fmt: skip
     dq = launch(
-        _hopper_dq_kernel, blocks, problem.seqlen_q, QUERIES, segments_q, problem.heads_q,
+        _hopper_dq_kernel, blocks, problem.seqlen_q, QUERIES, problem.heads_q,
         section_of_heads(problem, problem.heads_q, WIDE_L2_BYTES // bytes_per_row),
         heads_q=problem.heads_q, padded_q=prepare.constants["padded_q"], **strides("dq", dq_strides), QUERIES=QUERIES,
     )  # fmt: skip
@@ -428,10 +437,8 @@ def _plan(
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq; dk, dv and dsinks unless None. dlse (B, Hq, Sq) or None. The same bits every time."""
     call, ranges = problem.call, problem.ranges
-    cu_q, cu_k = call.mask.cu_seqlens_q, call.mask.cu_seqlens_k
     prepare, dkv_launch, dq_launch = _plan(
-        problem, *(0 if cu is None else cu.numel() - 1 for cu in (cu_q, cu_k)),
-        *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv)),
+        problem, *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv))
     )  # fmt: skip
     statistics, dsink_parts = new_statistics(problem, lse, dsinks is not None)
     prepare(
@@ -439,7 +446,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         statistics_ptr=statistics, dsink_ptr=dsink_parts,
     )  # fmt: skip
     unused = lse  # warp_specialize passes no None
-    key_ranges = None if ranges is None else ranges[2 * problem.seqlen_q :]
+    key_ranges = None if ranges is None else ranges[4 * problem.seqlen_q :]
     tensors = {"q_desc": call.q, "dout_desc": dout, "k_desc": call.k, "v_desc": call.v}
     if dkv_launch is not None:
         dkv_launch(
@@ -449,14 +456,14 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
             dk_ptr=dk,
             dv_ptr=dv,
             ranges_ptr=unused if ranges is None else key_ranges,
-            table_ptr=unused if ranges is None else tile_table(cu_k, key_ranges, problem.seqlen_k, BLOCK),
+            table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, BLOCK),
         )
     dq_launch(
         **tensors,
         statistics_ptr=statistics,
         dq_ptr=dq,
         ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(cu_q, ranges, problem.seqlen_q, QUERIES),
+        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, QUERIES),
     )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

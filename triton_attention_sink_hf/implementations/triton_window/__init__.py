@@ -29,8 +29,9 @@ def supports(call: Call) -> str | None:
         return "the window kernels take a positive softmax_scale and no softcap"
     if call.q.dtype not in (torch.bfloat16, torch.float16):
         return f"the window kernels take bfloat16 or float16, got {call.q.dtype}"
-    if max(call.q.shape[-1], call.v.shape[-1]) > 128:
-        return "the window kernels take head dimensions up to 128"
+    for size in (call.q.shape[-1], call.v.shape[-1]):
+        if size < 16 or size > 128 or size % 8:
+            return f"the window kernels take head dimensions that are multiples of 8 from 16 to 128, got {size}"
     target = target_name(call.q.device)
     if target not in TARGETS:
         return (

@@ -44,7 +44,8 @@ def dq_config(problem) -> WindowConfig:
     """128 rows over 8 warps: scores and dP of a whole row beside each other in registers (H100)."""
     tokens = max(16, ROWS // problem.pack)
     warps = 8 if tokens * problem.pack > ROWS else 4
-    return WindowConfig(tokens, num_warps=warps, num_stages=3 if problem.block_d <= 64 else 1)
+    wide = max(problem.block_d, problem.block_dv) > 64
+    return WindowConfig(tokens, num_warps=warps, num_stages=1 if wide else 3)
 
 
 def dkv_config(problem) -> WindowConfig:
