@@ -60,7 +60,7 @@ TINY = {
     "linear_num_key_heads": 2, "linear_num_value_heads": 4, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
     "mamba_n_groups": 1, "n_groups": 1, "mamba_ngroups": 1, "mamba_chunk_size": 8, "chunk_size": 8, "mamba_d_ssm": 128,
     "attn_layer_period": 2, "attn_layer_offset": 1, "laurel_rank": 8, "index_topk": 64, "num_labels": 7,
-    "num_nextn_predict_layers": 0,
+    "num_nextn_predict_layers": 0, "router_jitter_noise": 0.0, "input_jitter_noise": 0.0,
     "scale_embedding": False, "output_router_logits": False, "attn_logit_softcapping": 2.0,
 }  # fmt: skip
 # Attributes that say how far a layer looks. A class that has one runs a second time with a short window.
@@ -111,6 +111,7 @@ OVERRIDES: dict[str, dict] = {
     "GraniteMoeHybridConfig": {"layer_types": ["mamba", "attention"]},
     "Lfm2MoeConfig": {"layer_types": ["conv", "full_attention"]},
     "Mamba2Config": {"num_heads": 8, "head_dim": 16},
+    "VibeVoiceAcousticTokenizerEncoderConfig": {"num_filters": 2, "depths": [1] * 7},
     "XmodConfig": {"default_language": "en_XX"},
     "ChameleonConfig": {"vocabulary_map": {"<image>": 85}},
     "Emu3Config": {"vocabulary_map": {"<image>": 85}},
