@@ -13,6 +13,7 @@ from typer.testing import CliRunner
 
 from triton_attention_sink_hf import attention_sink, checks, interface, processes
 from triton_attention_sink_hf.cli import app
+from triton_attention_sink_hf.cli import bench as bench_command
 from triton_attention_sink_hf.cli import doctor as doctor_command
 from triton_attention_sink_hf.cli import export as export_command
 from triton_attention_sink_hf.cli.export import write
@@ -337,6 +338,7 @@ def gpu_for_bench(monkeypatch):
     from triton_attention_sink_hf.bench import measure
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(bench_command, "find_spec", lambda name: name)  # matplotlib is there
     monkeypatch.setattr(measure, "environment", lambda: {"card": "a", "torch": "b", "triton": "c", "date": "d"})
     monkeypatch.setattr(measure, "ceilings", lambda: {"copy_tb_s": 3.0, "matmul_tflop_s": 700.0})
     monkeypatch.setattr(measure, "measure", lambda case, names, log: [])
@@ -369,7 +371,6 @@ def test_bench_replaces_its_own_results_alone(tmp_path, gpu_for_bench):
 
 @pytest.mark.parametrize("name", ["bench.json", "forward.png", "backward.png"])
 def test_bench_does_not_replace_other_files(tmp_path, gpu_for_bench, name):
-    pytest.importorskip("matplotlib")
     (tmp_path / name).write_text("mine")
     result = invoke("bench", "--cases", "full-2k", "--output", str(tmp_path))
     assert result.exit_code == 2 and name in result.stderr and len(result.stderr.strip().splitlines()) == 1

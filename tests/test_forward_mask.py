@@ -3,6 +3,7 @@
 import gc
 import threading
 import weakref
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -19,6 +20,12 @@ from triton_attention_sink_hf.integrations.forward_mask import (  # noqa: E402
 )
 
 CAUSAL = masking_utils.causal_mask_function
+
+
+@pytest.fixture(autouse=True)
+def first_forward():
+    """No forward has begun in this thread."""
+    forward_mask._CURRENT.forward = None
 
 
 def rows(batch=2, seqlen=8, heads=2, d=16):
@@ -159,14 +166,23 @@ def test_a_forward_belongs_to_its_thread():
     assert found[0].forward is not here.forward
 
 
-def test_what_must_be_read_is_read_at_once(monkeypatch):
-    """Two masks, one wait for the device, and only when a layer asks."""
+@pytest.mark.parametrize("kinds", [None, ["full_attention", "full_attention", "sliding_attention"]])
+def test_what_must_be_read_is_read_at_once(monkeypatch, kinds):
+    """One wait for the device, after the last mask of a forward: one for each kind of layer."""
     reads, real, stack = [], real_tokens(5, 8), torch.stack
     monkeypatch.setattr(torch, "stack", lambda tensors: reads.append(len(tensors)) or stack(tensors))
-    masks = [attention_mask(2, 8, 8, attention_mask=real, local_size=size) for size in (None, 4)]
-    assert reads == []
-    assert [mask.padding() for mask in masks for _ in range(3)] == [RUNS] * 6
-    assert reads == [2]
+    config = SimpleNamespace(layer_types=kinds)
+    sizes = (None, 4) if kinds else (None,)
+    masks = [attention_mask(2, 8, 8, attention_mask=real, local_size=size, config=config) for size in sizes]
+    assert reads == [len(sizes)]
+    assert [mask.padding() for mask in masks for _ in range(3)] == [RUNS] * 3 * len(sizes)
+    assert len(reads) == 1
+
+
+def test_masks_that_are_fewer_than_kinds_of_layers_are_read_by_the_first_layer():
+    config = SimpleNamespace(layer_types=["full_attention", "sliding_attention"])
+    mask = attention_mask(2, 8, 8, attention_mask=real_tokens(5, 8), config=config)
+    assert mask.padding() == RUNS
 
 
 def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):

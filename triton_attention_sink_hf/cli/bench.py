@@ -42,8 +42,6 @@ def bench(
 
     if not torch.cuda.is_available():
         refuse("bench needs a GPU that torch can use; none was found")
-    if plots and find_spec("matplotlib") is None:
-        refuse("bench needs matplotlib for its plots; it is not installed: pip install matplotlib, or --no-plots")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or what prepare compiles is not found again
     for path in extra_path or []:
         site.addsitedir(str(path))
@@ -61,6 +59,8 @@ def bench(
         refuse(f"cases must be parts of {[case.name for case in CASES]}, got {cases!r}")
     if unknown := [name for name in asked if name not in PEERS]:
         refuse(f"implementations must be some of {list(PEERS)}, got {unknown}")
+    if plots and find_spec("matplotlib") is None:
+        refuse("bench needs matplotlib for its plots; it is not installed: pip install matplotlib, or --no-plots")
     if compile_only:
         for case in chosen:
             run_once(case, names)

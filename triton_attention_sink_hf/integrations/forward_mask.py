@@ -41,10 +41,11 @@ class Forward:
 
     Attributes:
         used: a layer has seen one of the masks; the next mask begins another forward.
+        masks: how many there are.
     """
 
     def __init__(self):
-        self.used = False
+        self.used, self.masks = False, 0
         self._derived: dict[tuple, tuple[tuple[Tensor, ...], object]] = {}
         self._questions: list[Tensor] = []
         self._answers: list[int] = []
@@ -69,11 +70,16 @@ class Forward:
         return len(self._questions) - 1
 
     def answer(self, number: int) -> int:
-        """The value of a question; all that were asked so far are read at once, the only wait for the device."""
-        new = self._questions[len(self._answers) :]
+        """The value of a question."""
         if number >= len(self._answers):
-            self._answers += torch.stack([question.to(new[0].device) for question in new]).tolist()
+            self.read()
         return self._answers[number]
+
+    def read(self) -> None:
+        """Read the answers to all that was asked so far at once: the only wait for the device."""
+        new = self._questions[len(self._answers) :]
+        if new:
+            self._answers += torch.stack([question.to(new[0].device) for question in new]).tolist()
 
 
 class _Current(threading.local):
@@ -383,6 +389,10 @@ def attention_mask(
     )
     if blocks is not None:
         mask.refuse_blocks(blocks)
+    mask.forward.masks += 1
+    kinds = getattr(kwargs.get("config"), "layer_types", None) or (None,)
+    if mask.forward.masks >= len(set(kinds)) and not (real is not None and recorded(real)):
+        mask.forward.read()  # here rather than in the first layer
     return mask
 
 

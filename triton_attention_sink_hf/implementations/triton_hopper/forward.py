@@ -259,9 +259,9 @@ def _consumer(
         right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
         middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
         q = _queries(buffer, q_smem, BLOCK_D)
-        for _ in range(0, right_edge):
+        for _ in range(0, right_edge):  # not before ``edge``: every row sees their first key
             s, acc, m, l = _step(
-                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, False,
                 BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
             )  # fmt: skip
             c += 1
@@ -289,8 +289,12 @@ def _consumer(
         following = i % Q_BUFFERS * CONSUMERS + w
         mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
         q = _queries(following, q_smem, BLOCK_D)
+        if HAS_LO:  # noqa: SIM102 (the outer one is decided when compiling)
+            if edge > 0:
+                j = n0 + gl.arange(0, BLOCK_N, layout=col_layout)
+                s = gl.where(j[None, :] >= lo[:, None], s, float("-inf"))
         s, acc, m, l = _step(
-            s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, HAS_LO,
+            s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, False,
             BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
         )  # fmt: skip
         c += 1
