@@ -9,7 +9,8 @@ import pytest
 
 transformers = pytest.importorskip("transformers", reason="transformers is not installed")
 
-from model_sweep import classes, read_table, summary  # noqa: E402
+from model_sweep import classes  # noqa: E402
+from model_sweep_table import read_table, summary  # noqa: E402
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 VERSION = ".".join(transformers.__version__.split(".")[:2])

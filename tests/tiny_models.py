@@ -95,6 +95,8 @@ OVERRIDES: dict[str, dict] = {
         "num_hidden_layers": 4, "layer_types": ["sliding_attention", "full_attention"] * 2, "num_kv_shared_layers": 2,
         "activation_sparsity_pattern": [0.0] * 4, "intermediate_size": [32] * 4,
     },
+    "Gemma4TextConfig": {"global_head_dim": 16},
+    "Gemma4UnifiedTextConfig": {"global_head_dim": 16},
     "Granite4VisionConfig": {"text_config": {
         "model_type": "granite4_vision_text", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
