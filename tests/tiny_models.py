@@ -46,7 +46,7 @@ TINY = {
         "num_hidden_layers", "n_layer", "n_layers", "num_layers", "encoder_layers", "decoder_layers", "depth",
         "num_decoder_layers", "num_encoder_layers", "speech_encoder_layers", "conf_num_hidden_layers",
         "encoder_num_hidden_layers", "decoder_num_hidden_layers", "layers", "attn_layers_count",
-        "num_experts_per_tok", "moe_topk", "moe_k", "top_k_experts",
+        "num_experts_per_tok", "num_experts_per_token", "moe_topk", "moe_k", "top_k_experts",
     ), 2),
     **dict.fromkeys((
         "vocab_size", "src_vocab_size", "tgt_vocab_size", "decoder_vocab_size", "vocab_size_per_layer_input",
@@ -97,6 +97,10 @@ OVERRIDES: dict[str, dict] = {
     },
     "Gemma4TextConfig": {"global_head_dim": 16},
     "Gemma4UnifiedTextConfig": {"global_head_dim": 16},
+    "ApertusWavTokenizerConfig": {"codebook_dim": 64},
+    "EsmcConfig": {"num_key_value_heads": 4},
+    "FunAsrNanoAdaptorConfig": {"intermediate_size": 16},
+    "ZayaConfig": {"num_experts_per_tok": 1},
     "Granite4VisionConfig": {"text_config": {
         "model_type": "granite4_vision_text", "vocab_size": VOCAB, "hidden_size": 64, "intermediate_size": 32,
         "num_hidden_layers": 2, "num_attention_heads": 4, "num_key_value_heads": 2, "pad_token_id": 0,
@@ -153,7 +157,7 @@ def tiny(config_class, short_window: bool):
     default = config_class()
     settings = {}
     layers = _representative_layers(default)
-    latent = getattr(default, "kv_lora_rank", None) is not None
+    latent = vars(default).get("kv_lora_rank") is not None
     for name, value in vars(default).items():
         if isinstance(value, transformers.PretrainedConfig):
             settings[name] = tiny(type(value), short_window).to_dict()
@@ -173,6 +177,8 @@ def tiny(config_class, short_window: bool):
             settings[name] = {**value, "mrope_section": [2, 3, 3]}
     specials = dict(pad_token_id=0, bos_token_id=1, eos_token_id=None)
     settings |= {name: value for name, value in specials.items() if hasattr(default, name)}
+    if "None" not in str(getattr(config_class, "__annotations__", {}).get("eos_token_id", None)):
+        settings["eos_token_id"] = VOCAB - 1
     if latent:
         settings["num_key_value_heads"] = 4
     if "use_sliding_window" in settings:
