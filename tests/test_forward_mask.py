@@ -226,6 +226,22 @@ def test_other_code_sees_eagers_mask(window):
     assert torch.equal(mask.to(torch.float64), expected.double())
 
 
+def test_other_code_sees_eagers_mask_where_nothing_is_hidden():
+    """eager's own function may skip a bidirectional mask."""
+    arguments = dict(mask_function=masking_utils.bidirectional_mask_function, allow_is_bidirectional_skip=True)
+    mask = attention_mask(2, 8, 8, q_offset=0, dtype=torch.float32, device=torch.device("cpu"), **arguments)
+    scores = torch.randn(2, 3, 8, 8)
+    assert torch.equal(scores + mask, scores)
+
+
+def test_a_static_caches_counter_may_move_on():
+    counter = torch.tensor(3)
+    arguments = dict(q_offset=counter, kv_offset=0, dtype=torch.float32, device=torch.device("cpu"))
+    mask = attention_mask(1, 10, 2, mask_function=CAUSAL, **arguments)
+    counter += 2
+    assert ((mask[0, 0] == 0).sum(-1) == torch.tensor([4, 5])).all() and mask.used == 5
+
+
 def test_it_is_handed_on_whole_where_nothing_is_cut_off():
     mask = attention_mask(1, 8, 8)
     assert mask[:, :, :, :8] is mask and mask[..., :9] is mask

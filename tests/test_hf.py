@@ -582,6 +582,12 @@ def test_multimodal_rotary_positions():
     assert torch.equal(found, expected)
     with pytest.raises(ValueError, match=r"position_ids must be \(4, B, S\), the text positions first"):
         attention_forward(layer(), q, q, q, None, position_ids=text.expand(3, 2, 8))
+    samples = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]).expand(2, 8)
+    packed = masking_utils.packed_sequence_mask_function(samples)
+    packed = masking_utils.and_masks(masking_utils.causal_mask_function, packed)
+    told = attention_mask(2, 8, 8, mask_function=packed)  # by the text positions, as some models tell the mask alone
+    found, _ = attention_forward(layer(), q, q, q, told, position_ids=text.expand(3, 2, 8))
+    assert torch.equal(found, expected)
     padded = torch.ones(2, 8, dtype=torch.long)
     padded[:, :3] = 0  # positions of padding mean nothing
     attention_forward(layer(), q, q, q, padded, position_ids=text.expand(3, 2, 8))

@@ -170,6 +170,8 @@ class ForwardMask:
         if self.real is not None:  # positions of padding mean nothing
             real = self.real.to(positions.device)
             falls = falls & real[:, 1:] & real[:, :-1]
+        if self.cuts is not None:  # of the text positions, which the mask function was told
+            falls = falls & ~self.cuts[:, 1:].to(positions.device)
         falls = falls.any()
         message = (
             "position_ids must be (4, B, S), the text positions first, for packed rows, got (3, B, S) that "
@@ -253,7 +255,7 @@ class ForwardMask:
         """The mask that eager attention would have got: (B, 1, Sq, Sk), 0 = seen, the dtype's minimum = hidden."""
         if self._dense is None:
             masking = sys.modules["transformers.masking_utils"]
-            self._dense = masking.eager_mask(**self._arguments)
+            self._dense = masking.eager_mask(**{**self._arguments, "allow_is_bidirectional_skip": False})
         return self._dense
 
     @property
@@ -346,6 +348,8 @@ def attention_mask(
     """
     if isinstance(attention_mask, ForwardMask):  # made ahead of the forward, as generate does
         return attention_mask
+    if isinstance(q_offset, Tensor):
+        q_offset = q_offset.clone()  # a static cache counts it up in place
     arguments = dict(
         batch_size=batch_size, kv_length=kv_length, q_length=q_length, q_offset=q_offset, kv_offset=kv_offset,
         mask_function=mask_function, attention_mask=attention_mask, cache_position=cache_position, device=device,

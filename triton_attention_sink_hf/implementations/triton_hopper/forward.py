@@ -237,14 +237,32 @@ def _consumer(
     mbarrier.arrive(empty.index(0), count=1)
     c = 1  # slots of the ring that were used
     i = 0  # tiles done
+    next_first = 0
+    next_end = 0
+    next_bh = 0
+    if PACKED:
+        coming = gl.minimum(persistent_item(0, items), items - 1)
+        next_first, next_end, next_bh = work_item(
+            gl.maximum(coming, 0), table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED
+        )
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        item = persistent_item(i, items)
-        first, end, bh = work_item(item, table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED)
+        if not PACKED:
+            next_first, next_end, next_bh = work_item(
+                persistent_item(i, items), table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED
+            )
+        first = next_first
+        end = next_end
+        bh = next_bh
         b = bh // heads_q
         head = bh - b * heads_q
         start, n = block_range(
             first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
         )
+        if PACKED:  # the table's entry of the next tile: its latency is hidden behind this one
+            coming = gl.minimum(persistent_item(i + 1, items), items - 1)
+            next_first, next_end, next_bh = work_item(
+                gl.maximum(coming, 0), table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED
+            )
         token = first + w * 64
         own, edge, unmasked = own_blocks(
             token, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT, PACKED
