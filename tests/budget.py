@@ -10,13 +10,12 @@ One eager computation is one draw. Where an output is a handful of numbers (the 
 where a few rows make up most of its error, that draw may be small by luck, and which it is hangs on the order in which
 a CPU's BLAS adds up. So ``eager`` computes the same in ``DRAWS`` ways: features and keys in another order, exponents in
 another base (as kernels take 2), what is rounded scaled by another factor. Its error is the root mean square over them.
-The kernel is one draw too: it may lie ``DEVIATIONS`` standard deviations, as seen in the draws, above that. With many
-independent numbers these are small, and 1.5 times decides.
+The kernel is one draw too: it may lie ``DEVIATIONS`` standard deviations, as seen in the draws, above that. With a
+hundred independent numbers or more these are small, and 1.5 times decides.
 """
 
 from __future__ import annotations
 
-import math
 from dataclasses import dataclass, replace
 from functools import partial
 
@@ -29,7 +28,10 @@ from triton_attention_sink_hf.reference import reference_attention
 FACTOR = 1.5
 # Within a head errors are not independent (all rows share the rounding of one sink), so a head may be unlucky.
 HEAD_FACTOR = 6.0
-DRAWS, DEVIATIONS = 16, 6.0
+# Sixteen draws tell a standard deviation only roughly. A right error that is one normal number is above ten of those
+# once in 100,000 times, one that is the norm of two or more once in 1,000,000; a run of the suite makes 5,000
+# comparisons, few of them over so few numbers. (Above six: once in 2,000 and in 7,000.)
+DRAWS, DEVIATIONS = 16, 10.0
 HEAD_AXIS = {"out": 2, "lse": 1, "dq": 2, "dk": 2, "dv": 2, "dsink": 0}
 
 
@@ -122,10 +124,7 @@ def _row(name: str, head: int | None, size: Tensor, error: Tensor, draws: Tensor
 
 
 def _base(draw: int) -> float:
-    """Of a draw's exponents, in powers of e, and the factor on what it rounds: 1, then any between 1/2 and 1.
-
-    None above 1, by which the lowest sinks of a dtype would overflow.
-    """
+    """Scale of a draw's exponents and of what it rounds: 1, then any between 1/2 and 1, so that nothing overflows."""
     return 2.0 ** -(draw * 0.6180339887 % 1.0)
 
 
@@ -208,22 +207,21 @@ def _eager(case: Case, inputs: Inputs, rounded_delta: bool, draw: int) -> dict[s
     m = logits.amax(-1)
     m = m.masked_fill(m == float("-inf"), 0.0)
     total = (torch.exp((logits - m[..., None]) / base) * base).sum(-1) / base
-    lse = (m + base * torch.log(total)) / base
-    stored = (lse * base)[..., None]
-    p = torch.exp((x - stored) / base).masked_fill(~visible, 0.0)
+    lse = m + base * torch.log(total)  # in units of the base, like x
+    p = torch.exp((x - lse[..., None]) / base).masked_fill(~visible, 0.0)
     out = torch.einsum("bhij,bjd->bihd", rounded(p), v)
 
     # the backward computes P again, from a product that adds up in another order
     x = scores(q.flip(-1), k.flip(-1))
     slope = 1.0 - (x / cap).square().masked_fill(~visible, 0.0) if cap else 1.0
-    p = torch.exp((x - stored) / base).masked_fill(~visible, 0.0)
+    p = torch.exp((x - lse[..., None]) / base).masked_fill(~visible, 0.0)
     delta = (dout * rounded(out)).sum(-1).transpose(1, 2)
     if inputs.dlse is not None:
         delta = delta - inputs.dlse
     ds = p * (_rows_by_rows(dout, v, draw) - delta[..., None]) * slope
     results = {
         "out": out[..., values.argsort()],
-        "lse": lse,
+        "lse": lse.double() / base,  # not rounded again: on fp32's own grid most draws would have one error
         "dq": (case.scale * torch.einsum("bhij,bjd->bihd", rounded(ds), k))[..., features.argsort()],
         "dk": (case.scale * torch.einsum("bhij,bihd->bjd", rounded(ds), q))[:, keys.argsort(), None],
         "dv": torch.einsum("bhij,bihd->bjd", rounded(p), dout)[:, keys.argsort(), None],
@@ -234,8 +232,8 @@ def _eager(case: Case, inputs: Inputs, rounded_delta: bool, draw: int) -> dict[s
             delta = (dout * torch.einsum("bhij,bjd->bihd", p, v)).sum(-1).transpose(1, 2)
             delta = delta if inputs.dlse is None else delta - inputs.dlse
         # where a row sees neither key nor sink, both are -inf and it adds nothing
-        p_sink = torch.exp((sink[:, None] - stored[..., 0]) / base).masked_fill(lse == float("-inf"), 0.0)
-        results["dsink"] = -_add_up(p_sink * (delta * base)) / base
+        p_sink = torch.exp((sink[:, None] - lse) / base).masked_fill(lse == float("-inf"), 0.0)
+        results["dsink"] = -(p_sink * (delta * base)).sum((0, 2)) / base
     return results
 
 
@@ -251,22 +249,6 @@ def _rows_by_rows(x: Tensor, y: Tensor, draw: int) -> Tensor:
     for a, b in zip(x.unbind(-1), y.unbind(-1), strict=True):
         total = total + a.transpose(1, 2)[..., None] * b[:, None, None, :]
     return total
-
-
-def _add_up(x: Tensor) -> Tensor:
-    """(heads,) from (B, heads, rows), each number added to the sum of those before it, as a loop over tiles does.
-
-    torch adds in a tree, which for some hundred numbers that cancel is a matter of luck too.
-    """
-    x = x.movedim(1, 0).flatten(1)
-    width = max(math.isqrt(x.shape[1]), 1)
-    for _ in range(2):
-        x = torch.nn.functional.pad(x, (0, -x.shape[1] % width)).unflatten(1, (-1, width))
-        total = x.new_zeros(x.shape[0], width)
-        for part in x.unbind(1):
-            total = total + part
-        x, width = total, 1
-    return x[:, 0]
 
 
 def _order(x: Tensor, axis: int, draw: int) -> Tensor:

@@ -14,6 +14,7 @@ import time
 from dataclasses import replace
 from pathlib import Path
 
+import numpy
 import pytest
 import torch
 import verl_actor
@@ -30,10 +31,10 @@ pytestmark = [
 
 @pytest.fixture(scope="module")
 def demo():
-    """The modules of the demo: main_ppo, report, tiny_model, toy_task."""
+    """The modules of the demo: demo, main_ppo, report, tiny_model, toy_task."""
     sys.path.insert(0, str(DEMO))
     try:
-        names = ("main_ppo", "report", "tiny_model", "toy_task")
+        names = ("demo", "main_ppo", "report", "tiny_model", "toy_task")
         yield type("Demo", (), {name: importlib.import_module(name) for name in names})
     finally:
         sys.path.remove(str(DEMO))
@@ -164,6 +165,58 @@ def test_no_process_outlives_an_aborted_run(demo, tmp_path):
     assert "raylet" in begun.values(), run.log.read_text()
     ended = (psutil.STATUS_ZOMBIE, psutil.STATUS_DEAD)
     assert [name for child, name in begun.items() if child.is_running() and child.status() not in ended] == []
+
+
+ELSEWHERE = {
+    "numpy.py": "raise SystemExit('numpy of the current folder')",
+    "torch.py": "from types import SimpleNamespace\ncuda = SimpleNamespace(device_count=lambda: 7)",
+    "triton_attention_sink_hf/__init__.py": "raise SystemExit('package of another checkout')",
+    "model/config.json": "mine",
+    "prompts.parquet": "mine",
+    "main_ppo.log": "mine",
+    "metrics.jsonl": "mine",
+    "observations.jsonl": "mine",
+}
+
+
+@pytest.fixture
+def elsewhere(tmp_path, monkeypatch):
+    """The current folder, which holds other modules of names that the demo imports, and files of names it writes."""
+    for name, text in ELSEWHERE.items():
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        (tmp_path / name).write_text(text)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+@pytest.mark.parametrize("python_path", ["", f"modules{os.pathsep}"])
+def test_the_demo_imports_and_overwrites_nothing_of_the_current_folder(demo, elsewhere, monkeypatch, python_path):
+    """``python -m`` and ``python -c`` import what lies where they are started. The trainer is one that shows it."""
+    monkeypatch.setenv("PYTHONPATH", python_path)
+    imports = "import json, numpy, sys, torch, triton_attention_sink_hf as package"
+    shown = "print(json.dumps([numpy.__file__, torch.__file__, package.__file__, sys.path]))"
+    trainer = [sys.executable, "-m", "timeit", "-n1", "-r1", "-s", f"{imports}; {shown}", "pass"]
+    monkeypatch.setattr(demo.main_ppo, "command", lambda run, ray_folder: trainer)
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", "."])
+    assert [demo.demo.main(), demo.demo.main()] == [1, 1]  # this trainer trains nothing
+    logs = list(elsewhere.glob("*/main_ppo.log"))
+    assert len(logs) == 2
+    for log in logs:
+        *modules, path = json.loads(log.read_text().splitlines()[0])
+        assert modules == [numpy.__file__, torch.__file__, str(ROOT / "triton_attention_sink_hf" / "__init__.py")]
+        assert (str(elsewhere / "modules") in path) == ("modules" in python_path) and str(elsewhere) not in path
+    assert {name: (elsewhere / name).read_text() for name in ELSEWHERE} == ELSEWHERE
+
+
+def test_the_demo_asks_the_installed_torch_for_gpus(demo, elsewhere):
+    assert demo.demo._gpus() == torch.cuda.device_count()
+
+
+@pytest.mark.parametrize("out", ["prompts.parquet", "prompts.parquet/out"])
+def test_the_demo_refuses_a_folder_that_is_none(demo, elsewhere, monkeypatch, out):
+    monkeypatch.setattr(sys, "argv", ["demo.py", "--out", out])
+    with pytest.raises(SystemExit, match=f"--out must be a folder that can be written, got {out}: "):
+        demo.demo.main()
 
 
 def prepared(demo, run):

@@ -9,8 +9,10 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
+import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections import deque
 from importlib.metadata import entry_points, version
@@ -37,13 +39,12 @@ def main() -> int:
     arguments = _arguments()
     console = Console()
     gpus = _gpus()
-    run = main_ppo.Run(
-        _attention(arguments.attn), arguments.steps, arguments.out.resolve(), gpu=gpus > 0, ranks=arguments.sp
-    )
-    hint = _plugin_missing() or _too_few(gpus, run.ranks)
+    hint = _plugin_missing() or _too_few(gpus, arguments.sp)
     if hint:
         console.print(hint, style="red")
         return 1
+    folder = _new_folder(arguments.out)
+    run = main_ppo.Run(_attention(arguments.attn), arguments.steps, folder, gpu=gpus > 0, ranks=arguments.sp)
     console.print(f"attn_implementation: [bold]{run.attention}[/bold]", soft_wrap=True)
     where = f"{'GPU' if run.gpu else 'CPU'}{f', {run.ranks} ranks with Ulysses' if run.ranks > 1 else ''}"
     console.print(f"trainer on the {where}, {_versions()}; full log: {run.log}", soft_wrap=True)
@@ -93,7 +94,6 @@ def _write_inputs(run: main_ppo.Run) -> None:
     from transformers.utils.logging import disable_progress_bar
 
     disable_progress_bar()
-    run.folder.mkdir(parents=True, exist_ok=True)
     write_gpt_oss(run.model)
     write_prompts(run.prompts)
 
@@ -127,13 +127,22 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--sp", type=int, default=1, help="ranks that share every row (Ulysses); each is a process")
     parser.add_argument("--limit", type=int, default=600, help="seconds after which the trainer is ended")
-    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder for model, log and metrics")
+    parser.add_argument("--out", type=Path, default=Path("outputs/demo"), help="folder in which each run makes its own")
     arguments = parser.parse_args()
     if arguments.steps < 1:
         parser.error(f"--steps must be at least 1, got {arguments.steps}")
     if arguments.sp not in RANKS:
         parser.error(f"--sp must be one of {RANKS} for the tiny model's 8 heads, got {arguments.sp}")
     return arguments
+
+
+def _new_folder(out: Path) -> Path:
+    """An empty folder in ``out``: whatever else is there is neither imported by the trainer nor written over."""
+    try:
+        out.mkdir(parents=True, exist_ok=True)
+        return Path(tempfile.mkdtemp(prefix=time.strftime("%Y-%m-%d-%H%M%S-"), dir=out.resolve()))
+    except OSError as error:
+        sys.exit(f"--out must be a folder that can be written, got {out}: {error.strerror}")
 
 
 def _attention(name: str) -> str:
@@ -169,8 +178,9 @@ def _too_few(gpus: int, ranks: int) -> str | None:
 def _gpus() -> int:
     """How many GPUs there are. Asked in another process: a process that has touched CUDA must not start workers."""
     question = "import torch; print(torch.cuda.device_count())"
-    answer = subprocess.run([sys.executable, "-c", question], capture_output=True, text=True)
-    return int(answer.stdout.strip() or 0)
+    environment = os.environ | {"PYTHONPATH": main_ppo.python_path()}
+    # -c imports what lies where it is started
+    return int(subprocess.check_output([sys.executable, "-c", question], env=environment, cwd=main_ppo.HERE))
 
 
 def _versions() -> str:
@@ -179,4 +189,5 @@ def _versions() -> str:
 
 
 if __name__ == "__main__":
+    sys.path.insert(1, str(main_ppo.CHECKOUT))  # the package beside the demo, whichever is installed
     sys.exit(main())

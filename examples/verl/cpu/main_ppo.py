@@ -17,6 +17,7 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve().parent
+CHECKOUT = HERE.parents[2]
 MARKER = "TRITON_ATTENTION_SINK_DEMO_RUN"
 
 
@@ -26,7 +27,9 @@ class Run:
 
     Attributes:
         attention: value of ``attn_implementation``: a registered name or an absolute path.
-        steps: training steps. folder: absolute path; everything is written below it.
+        steps: training steps.
+        folder: absolute path; everything is written below it. It must be the run's own: the trainer starts there, and
+            Python imports what lies where it is started.
         gpu: train on the machine's first GPUs, one a rank, instead of the CPU platform.
         ranks: trainer processes that share every row by Ulysses sequence parallelism; 1 = none.
         overrides: further Hydra overrides, as on verl's command line.
@@ -123,6 +126,12 @@ def command(run: Run, ray_folder: Path) -> list[str]:
     return [_interpreter(ray_folder), "-m", "verl.trainer.main_ppo", *pairs, *run.overrides]
 
 
+def python_path() -> str:
+    """PYTHONPATH for a process that starts in another folder: the demo's modules, the package beside it, the user's."""
+    entries = os.environ.get("PYTHONPATH", "").split(os.pathsep)
+    return os.pathsep.join([str(HERE), str(CHECKOUT), *(os.path.abspath(entry) for entry in entries if entry)])
+
+
 def environment(run: Run) -> dict[str, str]:
     """Environment of the trainer: verl's hooks for the stand-ins, no network, one thread, a mark on every child."""
     modules = ["verl_hf_rollout"] if run.gpu else ["verl_cpu_platform", "verl_hf_rollout"]
@@ -130,7 +139,7 @@ def environment(run: Run) -> dict[str, str]:
         "VERL_USE_EXTERNAL_MODULES": ",".join(modules),
         "VERL_HF_ROLLOUT_OBSERVATIONS": str(run.observations),
         "VERL_FILE_LOGGER_PATH": str(run.metrics),
-        "PYTHONPATH": os.pathsep.join(filter(None, [str(HERE), os.environ.get("PYTHONPATH")])),
+        "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",
         "HYDRA_FULL_ERROR": "1",
         "HF_HUB_OFFLINE": "1",
@@ -148,13 +157,10 @@ def environment(run: Run) -> dict[str, str]:
 @contextlib.contextmanager
 def started(run: Run) -> Iterator[subprocess.Popen]:
     """Start the trainer, its output going to ``run.log``; on leaving, however, nothing that it started is left."""
-    run.folder.mkdir(parents=True, exist_ok=True)
-    for stale in (run.log, run.metrics, run.observations):
-        stale.unlink(missing_ok=True)
     env = environment(run)
     # Ray puts sockets there, whose paths may have 107 characters at most
     with tempfile.TemporaryDirectory(prefix="ray-", dir="/tmp", ignore_cleanup_errors=True) as ray_folder:
-        with open(run.log, "wb") as log:
+        with open(run.log, "xb") as log:
             process = subprocess.Popen(
                 command(run, Path(ray_folder)), env=env, cwd=run.folder, stdout=log, stderr=subprocess.STDOUT,
                 stdin=subprocess.DEVNULL, start_new_session=True,
