@@ -40,12 +40,11 @@ if not GPU:
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-import budget  # noqa: E402
+from budget import measure  # noqa: E402
 from cases import Case, Inputs, call, make_inputs  # noqa: E402
 
 from triton_attention_sink_hf import explain  # noqa: E402
 
-budget.DRAWS = 2  # the wide budget for random calls is ten times their error: which draw it is does not matter
 NAMES = ("dq", "dk", "dv", "dsink")
 LIMIT_S = 240  # for the calls of one structure; then the worker counts as hung
 ELEMENTS = 2**24  # scores of one call, at most, so that fp64 fits beside eleven others
@@ -213,7 +212,7 @@ def one(seed: int, index: int, number: int, smoke: bool) -> dict:
         got = run(form, case, inputs, asked)
         again = run(form, case, inputs, asked) if number % 5 == 0 else got
         rounded = name == "triton_hopper"
-        rows = budget.measure(case, inputs, got, rounded_delta=rounded)
+        rows = measure(case, inputs, got, rounded_delta=rounded)
         found["strict"] = [str(row) for row in rows if not row.error <= row.allowed]
         problems = [str(row) for row in rows if not row.error <= row.allowed_at_random]
         loose = ("dq",) if rounded and not form.deterministic else ()

@@ -180,18 +180,19 @@ def _register_without_exchange() -> None:
     from transformers import AttentionInterface, AttentionMaskInterface
     from verl.utils import ulysses
 
-    ours, mask = AttentionInterface()[OURS], AttentionMaskInterface()[OURS]
+    def without_group(function):
+        def call(*args, **kwargs):
+            group = ulysses.get_ulysses_sequence_parallel_group()
+            ulysses.set_ulysses_sequence_parallel_group(None)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                ulysses.set_ulysses_sequence_parallel_group(group)
 
-    def forward(*args, **kwargs):
-        group = ulysses.get_ulysses_sequence_parallel_group()
-        ulysses.set_ulysses_sequence_parallel_group(None)
-        try:
-            return ours(*args, **kwargs)
-        finally:
-            ulysses.set_ulysses_sequence_parallel_group(group)
+        return call
 
-    AttentionInterface.register(NO_EXCHANGE, forward)
-    AttentionMaskInterface.register(NO_EXCHANGE, mask)
+    AttentionInterface.register(NO_EXCHANGE, without_group(AttentionInterface()[OURS]))
+    AttentionMaskInterface.register(NO_EXCHANGE, without_group(AttentionMaskInterface()[OURS]))
 
 
 def main(models: Path, out: Path, names: list[str]) -> None:
