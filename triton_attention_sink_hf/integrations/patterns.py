@@ -52,7 +52,7 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool, Tensor | None]:
         return False, None
     if torch.compiler.is_compiling():  # which shows a function's name, not what it closes over
         name = mask_function.__name__
-        if name not in ("causal_mask_function", "bidirectional_mask_function", "and_mask", "inner_mask"):
+        if name not in ("causal_mask_function", "bidirectional_mask_function", "and_mask"):
             refuse_pattern(_WHAT.get(name, f"a mask made by {name}"))
         if local_size is not None and local_size == chunk:
             refuse_pattern("a window that may be chunked attention: attention_chunk_size equals sliding_window")
