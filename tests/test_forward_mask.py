@@ -116,6 +116,22 @@ def test_a_packed_pattern_is_cut(window):
     assert cu.tolist() == [0, 3, 5, 8, 9, *[16] * 12]
 
 
+def test_blocks_inside_a_packed_pattern_are_seen_when_compiled():
+    """transformers 5.24 puts the packed pattern around them, and a compiled function cannot be taken apart."""
+    samples, blocks = torch.tensor([[0, 0, 0, 1, 1, 1, 1, 1]]), torch.tensor([[-1, -1, -1, -1, 3, 3, -1, -1]])
+
+    def cuts(samples, blocks):
+        pattern = masking_utils.or_masks(CAUSAL, masking_utils.blockwise_overlay(blocks))
+        pattern = masking_utils.and_masks(pattern, masking_utils.packed_sequence_mask_function(samples))
+        return attention_mask(1, 8, 8, mask_function=pattern, device=samples.device).cuts
+
+    compiled = torch.compile(cuts, backend="eager", fullgraph=True)
+    assert compiled(samples, torch.full_like(blocks, -1))[0].nonzero().flatten().tolist() == [3]
+    with pytest.raises(RuntimeError, match="must be causal, got tokens that see the one after them"):
+        compiled(samples, blocks)
+    torch._dynamo.reset()
+
+
 def test_cuts_and_padding_in_one_row():
     positions = torch.tensor([[0, 1, 2, 0, 1, 2, 3, 0]])
     real = real_tokens(7, side="right")

@@ -375,7 +375,7 @@ def attention_mask(
         real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
     cuts = None
     if may_be_packed and attention_mask is None and kv_length == q_length:
-        cuts = _packed_cuts(mask_function, batch_size, q_length, device)
+        cuts = _packed_cuts(mask_function, batch_size, q_length, device, bidirectional)
     group = active_group()
     mask = ForwardMask(
         (batch_size, 1, q_length, kv_length),
@@ -410,12 +410,15 @@ def _window(local_size: int | None, bidirectional: bool) -> tuple[int, int]:
     return (local_size, local_size) if bidirectional else (local_size - 1, 0)
 
 
-def _packed_cuts(mask_function, batch: int, seqlen: int, device) -> Tensor:
+def _packed_cuts(mask_function, batch: int, seqlen: int, device, bidirectional: bool) -> Tensor:
     """bool (B, S): the tokens that do not see the token before them."""
     rows = torch.arange(batch, device=device)[:, None]
     i = torch.arange(seqlen, device=device)[None, :]
-    sees = mask_function(rows, torch.zeros((), dtype=torch.int64, device=device), i, (i - 1).clamp_min(0))
-    return ~sees.expand(batch, seqlen)
+    head = torch.zeros((), dtype=torch.int64, device=device)
+    if torch.compiler.is_compiling() and not bidirectional:  # where a pattern cannot be taken apart
+        ahead = mask_function(rows, head, (i - 1).clamp_min(0), i) & (i > 0)
+        torch._assert_async(~ahead.any(), "the model's mask must be causal, got tokens that see the one after them")
+    return ~mask_function(rows, head, i, (i - 1).clamp_min(0)).expand(batch, seqlen)
 
 
 def recorded(x: Tensor) -> bool:
