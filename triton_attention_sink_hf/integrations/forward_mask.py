@@ -140,7 +140,8 @@ class ForwardMask:
         self._dense: Tensor | None = None
         self._padding: int | None = None  # number of the question
         self._blocks: int | None = None
-        if real is not None and used is None and shape[2] == shape[3] and not recorded(real):
+        free = real is not None and real.device.type == "cpu"  # a layer's own mask is not worth waiting for
+        if real is not None and used is None and shape[2] == shape[3] and not recorded(real) and (self.told or free):
             runs = (cuts_around_padding(real) & real).sum(1) + real[:, 0]
             self._padding = self.forward.ask((~real.all()).int() + (runs > 1).any().int())
 
