@@ -6,7 +6,7 @@ from torch._dynamo.testing import CompileCounterWithBackend
 
 from triton_attention_sink_hf.integrations.segments import (
     cu_seqlens_from_cuts,
-    cuts_around_padding,
+    cuts_at_changes,
     cuts_from_positions,
     cuts_from_samples,
 )
@@ -72,7 +72,7 @@ def test_cuts_where_the_sample_number_changes(sample_ids, expected):
 
 def test_cuts_between_tokens_and_padding():
     real = torch.tensor([[0, 0, 1, 1, 0], [1, 1, 1, 1, 1]]) != 0
-    assert starts(cuts_around_padding(real)) == [[2, 4], []]
+    assert starts(cuts_at_changes(real)) == [[2, 4], []]
 
 
 @pytest.mark.parametrize(
@@ -109,13 +109,13 @@ def test_one_graph_serves_every_length():
 
     @torch.compile(backend=counter, dynamic=True, fullgraph=True)
     def cut(position_ids, real):
-        cuts = cuts_from_positions(position_ids, real) | cuts_from_samples(real.int()) | cuts_around_padding(real)
+        cuts = cuts_from_positions(position_ids, real) | cuts_from_samples(real.int()) | cuts_at_changes(real)
         return cu_seqlens_from_cuts(cuts, position_ids.shape[0])
 
     for seqlen in (7, 12, 31, 64):
         positions, real = torch.arange(seqlen).expand(2, seqlen) % 5, torch.arange(seqlen).expand(2, seqlen) > 2
         found = cut(positions, real)
-        cuts = cuts_from_positions(positions, real) | cuts_around_padding(real)
+        cuts = cuts_from_positions(positions, real) | cuts_at_changes(real)
         assert torch.equal(found, cu_seqlens_from_cuts(cuts, 2))
     assert counter.frame_count == 1
     torch._dynamo.reset()

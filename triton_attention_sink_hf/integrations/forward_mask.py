@@ -25,7 +25,7 @@ from torch import Tensor
 from .patterns import check_pattern, refuse_own_attention, refuse_pattern
 from .segments import (
     cu_seqlens_from_cuts,
-    cuts_around_padding,
+    cuts_at_changes,
     cuts_from_positions,
     cuts_from_samples,
 )
@@ -142,7 +142,7 @@ class ForwardMask:
         self._blocks: int | None = None
         free = real is not None and real.device.type == "cpu"  # a layer's own mask is not worth waiting for
         if real is not None and used is None and shape[2] == shape[3] and not recorded(real) and (self.told or free):
-            runs = (cuts_around_padding(real) & real).sum(1) + real[:, 0]
+            runs = (cuts_at_changes(real) & real).sum(1) + real[:, 0]
             self._padding = self.forward.ask((~real.all()).int() + (runs > 1).any().int())
 
     def refuse_blocks(self, blocks: Tensor) -> None:
@@ -243,7 +243,7 @@ class ForwardMask:
             found = [cuts for cuts in found if cuts.any()]
         if padding == RUNS and (found or device.type != "cpu"):
             # padding is a segment of its own, which nobody else sees and the fast kernels serve
-            found.append(cuts_around_padding(real))
+            found.append(cuts_at_changes(real))
             padding = NO_PADDING
         if not found:
             return None, False
@@ -357,7 +357,7 @@ def attention_mask(
         **kwargs,
     )  # fmt: skip
     refuse_own_attention(kwargs.get("config"))
-    may_be_packed, blocks = check_pattern(mask_function, kwargs)
+    packed, blocks = check_pattern(mask_function, kwargs)
     bidirectional = "allow_is_bidirectional_skip" in kwargs  # only those patterns are created with it
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
@@ -375,7 +375,9 @@ def attention_mask(
         real = attention_mask[:, kv_offset : kv_offset + kv_length] != 0
         real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
     cuts = None
-    if may_be_packed and attention_mask is None and kv_length == q_length:
+    if isinstance(packed, Tensor):
+        cuts = cuts_at_changes(packed)
+    elif packed and attention_mask is None and kv_length == q_length:
         cuts = _packed_cuts(mask_function, batch_size, q_length, device, bidirectional)
     group = active_group()
     mask = ForwardMask(

@@ -32,8 +32,9 @@ def refuse_pattern(what: str) -> None:
     )
 
 
-def check_pattern(mask_function, kwargs: dict) -> tuple[bool, Tensor | None]:
-    """Whether the pattern may be packed, and the block numbers (B, S) that must all be negative (None: no blocks).
+def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | None]:
+    """Whether the pattern may be packed, or each token's sample as a number (B, S) where it can be had; and the block
+    numbers (B, S) that must all be negative (None: no blocks).
 
     Args:
         mask_function: transformers' description of the pattern, or None.
@@ -64,7 +65,8 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool, Tensor | None]:
     blocks = parts.get("blockwise_overlay")
     if "or_masks" in parts and not isinstance(blocks, Tensor):
         refuse_pattern(_WHAT["or_masks"])
-    return not _PACKED.isdisjoint(parts), blocks
+    samples = parts.get("packed_sequence_mask_function")
+    return samples if isinstance(samples, Tensor) else not _PACKED.isdisjoint(parts), blocks
 
 
 def refuse_own_attention(config) -> None:

@@ -37,9 +37,9 @@ def cuts_from_samples(sample_ids: Tensor) -> Tensor:
     return _after_first(real[:, 1:] & found & (sample_ids[:, 1:] != sample_ids.gather(1, last)))
 
 
-def cuts_around_padding(real: Tensor) -> Tensor:
-    """Cuts between tokens and padding; ``real``: bool (B, S)."""
-    return _after_first(real[:, 1:] != real[:, :-1])
+def cuts_at_changes(values: Tensor) -> Tensor:
+    """Cuts where neighbours differ: between tokens and padding, or consecutive samples' numbers; values: (B, S)."""
+    return _after_first(values[:, 1:] != values[:, :-1])
 
 
 def cu_seqlens_from_cuts(cuts: Tensor, batch: int) -> Tensor:
