@@ -22,7 +22,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .patterns import check_pattern, refuse_own_attention, refuse_pattern
+from .patterns import BLOCKS, check_pattern, refuse_own_attention, refuse_pattern
 from .segments import (
     cu_seqlens_from_cuts,
     cuts_at_changes,
@@ -151,7 +151,7 @@ class ForwardMask:
         if blocks.device.type != "cpu":
             self._blocks = question
         elif self.forward.answer(question):
-            refuse_pattern("blocks of tokens that see each other in both directions (images)")
+            refuse_pattern(BLOCKS)
 
     def check(self, seqlen_q: int, seqlen_k: int) -> None:
         """Raise for a layer that has other queries or keys than the mask function was told of."""
@@ -163,7 +163,7 @@ class ForwardMask:
             )
         self.forward.used = True
         if self._blocks is not None and (torch.cuda.is_current_stream_capturing() or self.forward.answer(self._blocks)):
-            refuse_pattern("blocks of tokens that see each other in both directions (images)")
+            refuse_pattern(BLOCKS)
 
     def refuse_restarts(self, positions: Tensor) -> None:
         """Raise where positions (B, S) that never fall within a sample fall between two tokens."""

@@ -17,12 +17,10 @@ _WINDOW = {"sliding_window_overlay", "sliding_window_bidirectional_overlay"}
 _PACKED = {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
 # Served where the values show that they add nothing.
 _BLOCKS = {"or_masks", "blockwise_overlay"}
-_WHAT = {
-    "or_masks": "tokens that see each other in both directions inside a causal mask (images, prefixes)",
-    "or_mask": "tokens that see each other in both directions inside a causal mask (images, prefixes)",
-    "blockwise_overlay": "blocks of tokens that see each other in both directions (images)",
-    "chunked_overlay": "chunked attention (attention_chunk_size)",
-}
+BLOCKS = "blocks of tokens that see each other in both directions (images)"
+_UNION = "tokens that see each other in both directions inside a causal mask (images, prefixes)"
+_CHUNKS = "chunked attention (attention_chunk_size)"
+_WHAT = {"or_masks": _UNION, "or_mask": _UNION, "blockwise_overlay": BLOCKS, "chunked_overlay": _CHUNKS}
 
 
 def refuse_pattern(what: str) -> None:
@@ -48,7 +46,7 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | 
     config, local_size = kwargs.get("config"), kwargs.get("local_size")
     chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
     if local_size is not None and local_size == chunk and local_size != window:
-        refuse_pattern("chunked attention (attention_chunk_size)")
+        refuse_pattern(_CHUNKS)
     if mask_function is None:
         return False, None
     if torch.compiler.is_compiling():  # which shows a function's name, not what it closes over
@@ -64,7 +62,7 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | 
             refuse_pattern(_WHAT.get(name, f"a mask made by {name}"))
     blocks = parts.get("blockwise_overlay")
     if "or_masks" in parts and not isinstance(blocks, Tensor):
-        refuse_pattern(_WHAT["or_masks"])
+        refuse_pattern(_UNION)
     samples = parts.get("packed_sequence_mask_function")
     return samples if isinstance(samples, Tensor) else not _PACKED.isdisjoint(parts), blocks
 
