@@ -27,7 +27,7 @@ help:
 	@echo "make clean     remove .venv and the outputs"
 
 demo: $(VENV)/installed
-	@$(VENV)/bin/python examples/verl/cpu/demo.py --attn "$(ATTN)" --steps $(STEPS) --sp "$(SP)"
+	@$(VENV)/bin/python examples/verl/demo/demo.py --attn "$(ATTN)" --steps $(STEPS) --sp "$(SP)"
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu and not exhaustive" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)

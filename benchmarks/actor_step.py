@@ -142,7 +142,7 @@ class VerlWorker:
     def start() -> None:
         """Raise ImportError unless verl can be used here; on a CPU, through the platform of the demo."""
         if DEVICE == "cpu":
-            sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "verl" / "cpu"))
+            sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"))
             os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
             os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu_platform"
         os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}

@@ -18,7 +18,7 @@ from triton_attention_sink_hf.cli import app  # noqa: E402
 from triton_attention_sink_hf.verify import Routing, verify  # noqa: E402
 
 OURS = "triton_attention_sink"
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "verl" / "cpu"
+DEMO = Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"
 
 
 @pytest.fixture(scope="module")

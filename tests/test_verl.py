@@ -1,6 +1,6 @@
 """Inside verl: its real actor worker gives eager's log-probs and gradients, and its real trainer runs by config alone.
 
-Everything runs in processes of its own, on the CPU platform of examples/verl/cpu, and needs verl and this package
+Everything runs in processes of its own, on the CPU platform of examples/verl/demo, and needs verl and this package
 installed (``make test`` does that).
 """
 
@@ -20,7 +20,7 @@ import torch
 import verl_actor
 
 ROOT = Path(__file__).resolve().parent.parent
-DEMO = ROOT / "examples" / "verl" / "cpu"
+DEMO = ROOT / "examples" / "verl" / "demo"
 TOLERANCE = 1e-5
 
 pytestmark = [

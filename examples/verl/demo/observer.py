@@ -4,13 +4,13 @@ verl imports this module in each of them by its own hook (``VERL_USE_EXTERNAL_MO
 torch's global hooks and appends JSON lines to the file that ``$VERL_OBSERVATIONS`` names:
 
     {"role": "trainer", "step": n, "attention": [...], "sinks": {name: values}, "sink_gradients": {name: norm}}
-    {"role": "rollout", "sinks": {name: values}}
+    {"role": "rollout", "process": pid, "sinks": {name: values}}
     {"role": "kernels", "kernels": {name: [launches, microseconds]}}
 
 * trainer (rank 0): after optimizer step n, what the attention layers called since the step before, the sinks, and the
   norms of their gradients as the optimizer saw them.
 * rollout: the sinks of a process that generates, each time that they have changed. vLLM's layers are seen as they run,
-  which needs ``enforce_eager``; a rollout of one's own calls ``write``.
+  which needs ``enforce_eager``; a server of one's own calls ``write_rollout``.
 * kernels: the GPU kernels of the first micro-batches of training, forward, recomputation and backward.
 """
 
@@ -34,6 +34,11 @@ def write(row: dict) -> None:
     if file := os.environ.get(OBSERVATIONS):
         with open(file, "a") as lines:
             lines.write(json.dumps(row) + "\n")
+
+
+def write_rollout(sinks: dict[str, list[float]]) -> None:
+    """The sinks that this process generates with from now on."""
+    write({"role": "rollout", "process": os.getpid(), "sinks": sinks})
 
 
 class Trainer:
@@ -124,7 +129,7 @@ class Rollout:
         name, values = f"model.layers.{module.layer_idx}.self_attn.sinks", module.sinks.float().tolist()
         if self.seen.get(name) != values:
             self.seen[name] = values
-            write({"role": "rollout", "sinks": {name: values}})
+            write_rollout({name: values})
 
 
 def whole(tensor: torch.Tensor) -> torch.Tensor:
