@@ -3,7 +3,7 @@
 # Starts from my_ppo.yaml, which holds the attention and the algorithm, and adds the machine and the sizes.
 #
 # WHAT WE RAN of this:
-#   - verl's configuration accepts every key, on 1 to 8 GPUs (tests/test_recipes.py);
+#   - verl's configuration accepts every key, for 1, 2, 4 and 8 GPUs (tests/test_recipes.py);
 #   - the same trainer on a tiny random gpt-oss on a CPU with a Hugging Face rollout (`make demo`);
 #   - the first step on one H100 with vLLM 0.25.1, a tiny random gpt-oss in bf16, packed rows: probabilities of trainer and
 #     engine differ by 1.8e-3 on average, with eager and padded rows by 2.1e-3.

@@ -6,7 +6,7 @@
 # sinks flash_attention_2 is as exact.
 #
 # WHAT WE RAN of this:
-#   - verl's configuration accepts every key, on 1 to 8 GPUs (tests/test_recipes.py);
+#   - verl's configuration accepts every key, for 1, 2, 4 and 8 GPUs (tests/test_recipes.py);
 #   - verl's actor worker on a tiny random Llama on a CPU (tests/test_verl.py).
 # WHAT WE DID NOT RUN:
 #   - this script on a GPU; more than one GPU; Ulysses on GPUs;
@@ -16,7 +16,7 @@
 # Before the first run:
 #   pip install ".[verl]" "vllm==0.25.1" from this repository, on every node; triton-attention-sink doctor
 #   Without flash-attn verl takes log-probs token by token, seconds a step: "Log-probs token by token" in
-#   CLEAN_USAGE_GUIDE.md says what to install, and which Llamas need nothing.
+#   CLEAN_USAGE_GUIDE.md says what to install, or what to set for a Llama with tied embeddings.
 #   triton-attention-sink verify --model meta-llama/Llama-3.1-8B-Instruct --layers 8 --dtype bf16
 #
 # Run:  TRAIN=train.parquet VAL=test.parquet bash llama_grpo.sh [more overrides]
