@@ -193,7 +193,7 @@ def python_path() -> str:
 
 def environment(run: Run) -> dict[str, str]:
     """Environment of the trainer: verl's hooks for the stand-ins, no network, one thread, a mark on every child."""
-    modules = ["observer"]
+    modules = ["observer", *(["wrong_attention"] if run.attention == "one_sample" else [])]
     if run.rollout == "hf_eager":
         modules = ["verl_hf_rollout", *modules]
     if not run.gpu:
