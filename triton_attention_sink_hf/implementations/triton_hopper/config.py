@@ -1,4 +1,4 @@
-"""Tiles of the Hopper kernels, measured on an H100 with triton 3.6 (``benchmarks/NOTES.md``)."""
+"""Tiles of the Hopper kernels, measured on an H100 with triton 3.6 (``benchmarks/LOG.md``)."""
 
 from __future__ import annotations
 
