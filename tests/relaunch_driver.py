@@ -20,8 +20,10 @@ from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from triton_attention_sink_hf.call import Call, Layout
-from triton_attention_sink_hf.implementations.triton import backward, forward, launch, relaunch
-from triton_attention_sink_hf.implementations.triton.relaunch import Blocks, Launch
+from triton_attention_sink_hf.implementations.common import problem as common_problem
+from triton_attention_sink_hf.implementations.common import relaunch
+from triton_attention_sink_hf.implementations.common.relaunch import Blocks, Launch
+from triton_attention_sink_hf.implementations.triton import backward, forward
 from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
 from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
@@ -71,7 +73,7 @@ class Driver:
 
 DRIVER = Driver()
 driver.set_active(DRIVER)
-launch.target_name = lambda device: "sm90"
+common_problem.target_name = lambda device: "sm90"
 
 
 @triton.jit
@@ -293,7 +295,7 @@ def launches_of(case: Case, hopper: bool):
     gradients.append(None if call.sinks is None else torch.empty_like(call.sinks))
 
     def launches():
-        problem = launch.Problem(call)
+        problem = common_problem.Problem(call)
         DRIVER.launches.clear()
         BOUND.clear()
         forward.launch_forward(problem, out, lse)

@@ -13,8 +13,8 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this trit
 from triton_attention_sink_hf import explain, implementations
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations import triton_hopper, unsupported_reason
-from triton_attention_sink_hf.implementations.triton import launch
-from triton_attention_sink_hf.implementations.triton.launch import Problem
+from triton_attention_sink_hf.implementations.common import problem as common_problem
+from triton_attention_sink_hf.implementations.common.problem import Problem
 from triton_attention_sink_hf.implementations.triton_window import hopper_backward
 from triton_attention_sink_hf.masks import Mask
 
@@ -151,7 +151,7 @@ def test_the_window_backward_in_one_kernel(changes, served, monkeypatch):
     q, k, v = problem.call.q, problem.call.k, problem.call.v
     out, dq, dk = q.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(q), torch.empty_like(k)
     assert not hopper_backward.supports(problem, out, out, None, dq, dk)  # on the CPU
-    monkeypatch.setattr(launch, "target_name", lambda device: "sm90")
+    monkeypatch.setattr(common_problem, "target_name", lambda device: "sm90")
     assert hopper_backward.supports(problem, out, out, None, dq, dk) == served
     assert not hopper_backward.supports(problem, out, out.transpose(2, 3), None, dq, dk)
     assert not hopper_backward.supports(problem, out, out, out.new_empty(q.shape[0], q.shape[2], q.shape[1]), dq, dk)

@@ -11,7 +11,7 @@ from cases import cu_seqlens
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this triton has no Gluon for Hopper")
 
 from triton_attention_sink_hf.call import Call
-from triton_attention_sink_hf.implementations.triton.launch import Problem, ceil_div
+from triton_attention_sink_hf.implementations.common.problem import Problem, ceil_div
 from triton_attention_sink_hf.implementations.triton_hopper import schedule
 from triton_attention_sink_hf.implementations.triton_hopper.launch import table_slots, tile_table
 from triton_attention_sink_hf.masks import Mask

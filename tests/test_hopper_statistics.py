@@ -7,7 +7,7 @@ from cases import Case, make_inputs
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this triton has no Gluon for Hopper")
 
 from triton_attention_sink_hf.call import Call
-from triton_attention_sink_hf.implementations.triton.launch import Problem
+from triton_attention_sink_hf.implementations.common.problem import Problem
 from triton_attention_sink_hf.implementations.triton_hopper.statistics import new_statistics, prepare_launch
 
 

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import triton as portable
-from ..triton.launch import Problem, addressable, target_name
+from ..common.problem import Problem, addressable, target_name
 from .config import MAX_FUSED_DIM, MIN_QUERIES, TARGETS, TRITON_VERSIONS, triton_version
 
 if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:

@@ -23,10 +23,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, planned, strides
-from ..triton.primitives import LOG2E
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
+from ..common.primitives import LOG2E
+from ..common.problem import Problem, ceil_div, planned, strides
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table

@@ -16,9 +16,9 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, multiprocessors, planned, strides
-from ..triton.primitives import LN2, LOG2E
-from ..triton.relaunch import Launch
+from ..common.primitives import LN2, LOG2E
+from ..common.problem import Problem, ceil_div, multiprocessors, planned, strides
+from ..common.relaunch import Launch
 from .config import forward_config
 from .gluon_compat import async_load, hidden_zero
 from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table

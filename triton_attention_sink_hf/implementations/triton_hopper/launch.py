@@ -9,8 +9,8 @@ from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..triton.launch import MAX_PLANS, Problem, ceil_div, next_power_of_2
-from ..triton.relaunch import Blocks, Launch
+from ..common.problem import MAX_PLANS, Problem, ceil_div, next_power_of_2
+from ..common.relaunch import Blocks, Launch
 from .schedule import _tile_table_kernel
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}

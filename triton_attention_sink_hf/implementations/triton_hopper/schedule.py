@@ -1,4 +1,4 @@
-"""Which tile a program takes, and which keys or queries its rows see: Gluon's side of ``triton/masks.py``."""
+"""Which tile a program takes, and which keys or queries its rows see: Gluon's side of ``common/masks.py``."""
 
 import triton
 import triton.language as tl

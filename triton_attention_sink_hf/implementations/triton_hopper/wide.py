@@ -16,10 +16,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, planned, strides
-from ..triton.primitives import LOG2E
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
+from ..common.primitives import LOG2E
+from ..common.problem import Problem, ceil_div, planned, strides
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
 from .backward import store_rows
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...call import Call
 from .. import triton as portable
-from ..triton.launch import Problem, target_name
+from ..common.problem import Problem, target_name
 from .backward import launch_backward
 from .config import MAX_LEFT, TARGETS
 from .forward import launch_forward

@@ -22,10 +22,10 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, addressable, ceil_div, multiprocessors, planned, strides
-from ..triton.primitives import LOG2E
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
+from ..common.primitives import LOG2E
+from ..common.problem import Problem, addressable, ceil_div, multiprocessors, planned, strides
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
 from ..triton_hopper.backward import store_rows
 from ..triton_hopper.config import TARGETS
 from ..triton_hopper.gluon_compat import async_load, async_store, thread_barrier

@@ -1,4 +1,4 @@
-"""What the launchers of this backend share: sizes, packing of heads, kernel arguments, ranges of packed rows."""
+"""A call as the launchers see it: sizes, packing of heads, kernel arguments, ranges of packed rows."""
 
 from __future__ import annotations
 
@@ -181,6 +181,12 @@ def strides(name: str, stride: tuple[int, ...]) -> dict:
         f"stride_{name}h": tl.constexpr(h) if h <= t else h,
         f"stride_{name}d": tl.constexpr(d),
     }
+
+
+def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
+    """Strides of dlse (B, Hq, Sq), and whether there is one."""
+    b, h, t = stride or (0, 0, 0)
+    return {"stride_dlb": b, "stride_dlh": h, "stride_dlt": t, "HAS_DLSE": stride is not None}
 
 
 def use_tma(problem: Problem, *tensors: Tensor) -> bool:
