@@ -29,13 +29,13 @@ from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.common import problem as common_problem
 from triton_attention_sink_hf.implementations.triton import backward, forward
 from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
+from triton_attention_sink_hf.implementations.triton_hopper import backward_wide as hopper_wide
+from triton_attention_sink_hf.implementations.triton_hopper import backward_window as window_hopper_backward
 from triton_attention_sink_hf.implementations.triton_hopper import config as hopper_config
 from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
-from triton_attention_sink_hf.implementations.triton_hopper import wide as hopper_wide
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
 from triton_attention_sink_hf.implementations.triton_window import config as window_config
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
-from triton_attention_sink_hf.implementations.triton_window import hopper_backward as window_hopper_backward
 from triton_attention_sink_hf.masks import Mask
 
 BF16, FP32 = torch.bfloat16, torch.float32

@@ -72,7 +72,7 @@ def run_backward(
 def _hopper_backward() -> ModuleType | None:
     """The backward in one Gluon kernel; None where the installed Triton's Gluon is not known."""
     try:
-        from . import hopper_backward
+        from ..triton_hopper import backward_window
     except ImportError:
         return None
-    return hopper_backward
+    return backward_window
