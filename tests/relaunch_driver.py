@@ -19,7 +19,7 @@ from triton.runtime import jit
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attention_sink_hf.call import Call, Layout
+from triton_attention_sink_hf.call import Call, Memo
 from triton_attention_sink_hf.implementations.common import problem as common_problem
 from triton_attention_sink_hf.implementations.common import relaunch
 from triton_attention_sink_hf.implementations.common.relaunch import Blocks, Launch
@@ -287,7 +287,7 @@ def launches_of(case: Case, hopper: bool):
     """A function that launches each kernel that can serve ``case``, and returns the launches recorded and how many of
     them went through Triton."""
     inputs = make_inputs(case)
-    call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True, Layout())
+    call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True, Memo())
     q, k, v = call.q, call.k, call.v
     out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
     dlse = lse.clone() if case.dlse else None
