@@ -28,7 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .integrations.forward_mask import NO_PADDING, ForwardMask, attention_mask
+from .integrations.forward_mask import NO_PADDING, ForwardMask
+from .integrations.mask_function import attention_mask
 from .integrations.sequence_parallel import (
     active_group,
     check_shards,
@@ -117,7 +118,7 @@ def attention_forward(
         check_shards(group, q, k, v, padded, positions, cu_seq_lens_q, cu_seq_lens_k)
         q, k, v = gather_rows(group, q, k, v)
         sinks = own_sinks(group, sinks)
-        mask = mask.whole(q.shape[1])
+        mask = mask.for_gathered_rows(q.shape[1])
         if cu_seq_lens_q is None:
             shard = position_ids
             position_ids = mask.forward.once(
@@ -205,12 +206,12 @@ def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_wind
         reach = sliding_window if own and not causal else sliding_window - 1
         window = (reach, 0 if causal else reach)
     else:
-        _refuse_unsaid_window(module, k.shape[1])
+        _reject_undeclared_window(module, k.shape[1])
     shape = (q.shape[0], 1, q.shape[1], k.shape[1])
     return ForwardMask(shape, q.device, causal=causal, window=window, real=real, sample_ids=sample_ids)
 
 
-def _refuse_unsaid_window(module, seqlen_k: int) -> None:
+def _reject_undeclared_window(module, seqlen_k: int) -> None:
     """A few models put their window into the eager mask only: here it would be lost."""
     config = getattr(module, "config", None)
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
