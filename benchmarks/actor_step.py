@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+FLASH_ATTENTION_4 = "flash_attention_4"
 SHARES = (0.05, 0.37, 0.02, 0.21, 0.09, 0.01, 0.17, 0.08)  # of a micro-batch's tokens, per sample
 
 
@@ -88,17 +89,26 @@ class HuggingFaceWorker:
         self.model = AutoModelForCausalLM.from_pretrained(folder, attn_implementation=attention, dtype=dtype)
         self.model = self.model.to(DEVICE, dtype).train()
         self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self.dtype = dtype
+        self.attention, self.dtype = attention, dtype
 
     def step(self, batch: Batch) -> Tensor:
         """Forward and backward of one packed row; gradients add up. Returns the log-probs (T,)."""
         ids, weights = torch.cat(batch.ids).to(DEVICE), torch.cat(batch.weights).to(DEVICE)
         positions = torch.cat([torch.arange(len(x)) for x in batch.ids]).to(DEVICE)[None]
+        told = self.packing(batch) if self.attention == FLASH_ATTENTION_4 else {}
         with torch.autocast(DEVICE, torch.bfloat16, enabled=self.dtype == torch.bfloat16):
-            logits = self.model(ids[None], position_ids=positions, attention_mask=None, use_cache=False).logits[0]
+            output = self.model(ids[None], position_ids=positions, attention_mask=None, use_cache=False, **told)
+        logits = output.logits[0]
         log_probs = -torch.nn.functional.cross_entropy(logits.float(), ids.roll(-1), reduction="none")
         (log_probs * weights).sum().backward()
         return log_probs.detach()
+
+    def packing(self, batch: Batch) -> dict:
+        """transformers' keywords for packed rows. From position_ids it makes the longest length a tensor, which
+        flash-attn-4 refuses."""
+        lengths = torch.tensor([0, *map(len, batch.ids)])
+        ends, longest = lengths.cumsum(0).int().to(DEVICE), int(lengths.max())
+        return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}
 
     def zero(self) -> None:
         self.model.zero_grad(set_to_none=True)
@@ -132,7 +142,7 @@ class VerlWorker:
     def start() -> None:
         """Raise ImportError unless verl can be used here; on a CPU, through the platform of the demo."""
         if DEVICE == "cpu":
-            sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "verl" / "cpu"))
+            sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"))
             os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
             os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu_platform"
         os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}

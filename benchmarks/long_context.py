@@ -15,8 +15,9 @@ Hugging Face model with bf16 parameters under autocast, which is what FSDP2 hand
 Each implementation gets: the errors of its log-probs and gradients against fp32 eager, one sample at a time; the time
 of a step; its peak memory; and the longest single sample that fits. Eager and FlexAttention get a mask that cuts the
 samples, which gpt-oss in transformers does not give them: without it they are fast and wrong. FlashAttention-4 is
-``attn_implementation: flash_attention_4`` as it comes, left out where flash-attn-4 is not there. The yardstick is
-eager by the same worker, one sample and one key head at a time. What fails is recorded as such, and the run goes on.
+``attn_implementation: flash_attention_4`` with the keywords for packed rows, left out where flash-attn-4 is not there.
+The yardstick is eager by the same worker, one sample and one key head at a time. What fails is recorded as such, and
+the run goes on.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 transformers' own eager and FlexAttention code, given what gpt-oss in transformers does not give it: a mask that cuts
 the samples, made from ``position_ids`` once per forward. FlashAttention-4 is transformers' own too and needs no mask:
-it cuts the samples in each layer. Nothing here uses this package.
+it takes the samples' ends from the keywords for packed rows. Nothing here uses this package.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ from collections.abc import Callable
 from types import SimpleNamespace
 
 import torch
+from actor_step import FLASH_ATTENTION_4
 from torch import Tensor
 
 YARDSTICK = "eager by sample"
 FLASH = "FlashAttention-4"
 NAMES = {"ours": "triton_attention_sink", "eager": "bench_dense", "FlexAttention": "bench_blocks"}
-NAMES[FLASH] = "flash_attention_4"
+NAMES[FLASH] = FLASH_ATTENTION_4
 NAMES[YARDSTICK] = "bench_by_key_head"
 
 

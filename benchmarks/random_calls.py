@@ -47,6 +47,7 @@ from triton_attention_sink_hf import explain  # noqa: E402
 
 NAMES = ("dq", "dk", "dv", "dsink")
 LIMIT_S = 240  # for the calls of one structure; then the worker counts as hung
+FEW = 4  # draws of the yardstick that most calls are judged by; they take most of the time
 ELEMENTS = 2**24  # scores of one call, at most, so that fp64 fits beside eleven others
 
 
@@ -212,7 +213,9 @@ def one(seed: int, index: int, number: int, smoke: bool) -> dict:
         got = run(form, case, inputs, asked)
         again = run(form, case, inputs, asked) if number % 5 == 0 else got
         rounded = name == "triton_hopper"
-        rows = measure(case, inputs, got, rounded_delta=rounded)
+        rows = measure(case, inputs, got, rounded, FEW)
+        if not all(row.error <= row.allowed_at_random for row in rows):
+            rows = measure(case, inputs, got, rounded)  # few draws may all be small by luck: all of them decide
         found["strict"] = [str(row) for row in rows if not row.error <= row.allowed]
         problems = [str(row) for row in rows if not row.error <= row.allowed_at_random]
         loose = ("dq",) if rounded and not form.deterministic else ()

@@ -16,7 +16,7 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ATTENTION = "triton_attention_sink"
-CPU_PLATFORM = Path(__file__).resolve().parent.parent / "examples" / "verl" / "cpu"
+CPU_PLATFORM = Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"
 
 
 @dataclass(frozen=True)

@@ -84,10 +84,12 @@ def assert_within_budget(
     assert not bad, "\n".join([f"{case}", *map(str, bad)])
 
 
-def measure(case: Case, inputs: Inputs, got: dict[str, Tensor], rounded_delta: bool = False) -> list[Row]:
+def measure(
+    case: Case, inputs: Inputs, got: dict[str, Tensor], rounded_delta: bool = False, draws: int = DRAWS
+) -> list[Row]:
     """Errors of ``got`` (outputs by name, as ``cases.run`` returns them) and their budgets, per output and head."""
     want = oracle(case, inputs)
-    yardsticks = [eager(case, inputs, rounded_delta, draw) for draw in range(DRAWS)]
+    yardsticks = [eager(case, inputs, rounded_delta, draw) for draw in range(draws)]
     rows = []
     for name, axis in HEAD_AXIS.items():
         if name not in got or name not in want:
@@ -105,16 +107,16 @@ def measure(case: Case, inputs: Inputs, got: dict[str, Tensor], rounded_delta: b
             return torch.linalg.vector_norm(x.movedim(axis, 0).reshape(x.shape[axis], -1), dim=1)
 
         dtype = got[name].dtype
-        draws = torch.stack([norms(yardstick[name].double() - exact) for yardstick in yardsticks])
-        roundings = torch.stack([norms(_round(exact, dtype, _base(draw)) - exact) for draw in range(DRAWS)])
+        errors = torch.stack([norms(yardstick[name].double() - exact) for yardstick in yardsticks])
+        roundings = torch.stack([norms(_round(exact, dtype, _base(draw)) - exact) for draw in range(draws)])
         if name == "dsink":
             # exp(sink - lse): a rounding of an exponent of that size in fp32, common to a head's rows, in any base
             seen = want["lse"].masked_fill(want["lse"] == float("-inf"), 0.0).abs().movedim(1, 0).flatten(1)
             exponent = torch.maximum(torch.nn.functional.pad(seen, (0, 1)).amax(1), inputs.sinks.double().abs())
             roundings = roundings + exact.abs() * exponent.clamp(max=1000.0) * 2**-24  # beyond, exp is 0 or 1 exactly
-        columns = [norms(exact)[None], norms(result - exact)[None], draws, roundings]
+        columns = [norms(exact)[None], norms(result - exact)[None], errors, roundings]
         rows.append(_row(name, None, *(torch.linalg.vector_norm(x, dim=1) for x in columns)))
-        rows += [_row(name, head, *(x[:, head] for x in columns)) for head in range(draws.shape[1])]
+        rows += [_row(name, head, *(x[:, head] for x in columns)) for head in range(errors.shape[1])]
     return rows
 
 

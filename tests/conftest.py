@@ -32,6 +32,14 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
+@pytest.fixture(autouse=True)
+def memory_given_back():
+    """Processes that test side by side share the card: none keeps in its cache what a test no longer needs."""
+    yield
+    if GPU:
+        torch.cuda.empty_cache()
+
+
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty, empty_like and new_empty return NaN (integers: a large value), so an element nobody wrote shows."""

@@ -90,7 +90,7 @@ def test_doctor_json_is_only_json_and_complete():
     report = json.loads(done.stdout)
     assert [check["name"] for check in report["checks"]] == NAMES
     assert all(check["passed"] for check in report["checks"])
-    assert set(report["versions"]) >= {"python", "torch", "triton", "transformers", "verl", "kernels", "numpy"}
+    assert set(report["versions"]) >= {"python", "torch", "triton", "transformers", "verl", "vllm", "kernels", "numpy"}
     assert report["config"]["name"] == "attn_implementation: triton_attention_sink"
     assert report["config"]["path"] == f"attn_implementation: {ROOT / 'triton_attention_sink_hf'}"
     if not torch.cuda.is_available():
@@ -122,6 +122,57 @@ def test_doctor_says_why_a_path_cannot_be_used(monkeypatch):
     monkeypatch.setattr(doctor_command, "PACKAGE", Path("/somewhere/flash/triton_attention_sink_hf"))
     result = invoke("doctor")
     assert "not by path: a path in attn_implementation must not contain 'flash'" in result.stdout
+
+
+NO_CROSS_ENTROPY = "verl takes log-probs token by token"
+
+
+@pytest.mark.parametrize("vllm", ["0.9.2", "0.24.0", "0.25.0", "0.25.1", "0.25.1+cu130", "0.100.0"])
+@pytest.mark.parametrize("has_cross_entropy", [True, False])
+def test_doctor_says_what_stops_or_slows_verl(monkeypatch, vllm, has_cross_entropy):
+    monkeypatch.setattr(doctor_command, "_has_cross_entropy", lambda: has_cross_entropy)
+    is_old = vllm in ("0.9.2", "0.24.0", "0.25.0")
+    expected = [f"vllm must be 0.25.1 or newer for gpt-oss in bf16, got {vllm}"] * is_old
+    expected += ["flash-attn's cross entropy cannot be imported"] * (not has_cross_entropy)
+    hints = doctor_command.verl_hints({"verl": "0.9.1", "vllm": vllm})
+    assert [hint.split(":")[0] for hint in hints] == expected
+
+
+def test_doctor_prints_what_stops_or_slows_verl(monkeypatch):
+    found = doctor_command.versions() | {"verl": "0.9.1", "vllm": "0.24.0"}
+    monkeypatch.setattr(doctor_command, "versions", lambda: found)
+    monkeypatch.setattr(doctor_command, "checks", lambda: RESULTS)
+    monkeypatch.setattr(doctor_command, "_has_cross_entropy", lambda: False)
+    result = invoke("doctor")
+    assert result.exit_code == 0
+    hints = doctor_command.verl_hints(found)
+    assert len(hints) == 2 and all(f"verl: {hint}" in result.stdout for hint in hints)
+
+
+@pytest.mark.parametrize("verl, vllm", [(None, "0.24.0"), (None, None), ("0.9.1", None)])
+def test_doctor_says_nothing_of_what_is_not_installed(verl, vllm, monkeypatch):
+    monkeypatch.setattr(doctor_command, "_has_cross_entropy", lambda: False)
+    hints = doctor_command.verl_hints({"verl": verl, "vllm": vllm})
+    assert [NO_CROSS_ENTROPY in hint for hint in hints] == [True] * (verl is not None)
+
+
+@pytest.mark.skipif(importlib.util.find_spec("flash_attn") is not None, reason="flash-attn is installed")
+@pytest.mark.parametrize(
+    "files, expected",
+    [
+        ({}, False),
+        ({"flash_attn/cute/__init__.py": ""}, False),  # flash-attn-4 alone
+        ({"flash_attn/__init__.py": "import no_such_extension", "flash_attn/ops/triton/cross_entropy.py": ""}, False),
+        ({"flash_attn/ops/triton/cross_entropy.py": ""}, True),  # its Triton part alone
+    ],
+)
+def test_doctor_looks_for_the_cross_entropy_as_verl_does(tmp_path, files, expected):
+    for name, text in files.items():
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_text(text)
+    program = "from triton_attention_sink_hf.cli import doctor; print(doctor._has_cross_entropy())"
+    done = python("-c", program, path=(tmp_path, ROOT))
+    assert done.stdout.strip() == str(expected), done.stderr
 
 
 # demo

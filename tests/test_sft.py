@@ -16,7 +16,7 @@ from sft_runs import LEARNING_RATE, LENGTHS, MIXED, OURS, STEPS
 
 pytest.importorskip("transformers")
 
-DEMO = ROOT / "examples" / "verl" / "cpu"
+DEMO = ROOT / "examples" / "verl" / "demo"
 # `make test` installs TRL there, apart: verl 0.9.1's actor fails where TRL 1.16 can be imported
 TRL_APART = Path(sys.prefix) / "trl"
 TOLERANCE = 1e-4

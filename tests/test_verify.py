@@ -19,7 +19,7 @@ from triton_attention_sink_hf.verify import passes, verify  # noqa: E402
 from triton_attention_sink_hf.verify.routing import Routing  # noqa: E402
 
 OURS = "triton_attention_sink"
-DEMO = Path(__file__).resolve().parent.parent / "examples" / "verl" / "cpu"
+DEMO = Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"
 
 
 @pytest.fixture(scope="module")

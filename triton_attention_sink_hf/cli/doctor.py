@@ -11,8 +11,9 @@ from typing import Annotated
 
 import typer
 
-PACKAGES = ("torch", "triton", "transformers", "verl", "trl", "kernels", "accelerate", "numpy")
+PACKAGES = ("torch", "triton", "transformers", "verl", "vllm", "flash-attn", "trl", "kernels", "accelerate", "numpy")
 PACKAGE = Path(__file__).absolute().parent.parent
+VLLM = "0.25.1"  # the first that we saw load gpt-oss in bf16
 
 
 def doctor(
@@ -29,8 +30,10 @@ def doctor(
 
 def collect() -> dict:
     """Everything that ``doctor`` prints, as plain JSON types."""
+    found = versions()
     return {
-        "versions": versions(),
+        "versions": found,
+        "verl": verl_hints(found),
         "device": device(),
         "implementations": choices(),
         "checks": checks(),
@@ -51,6 +54,35 @@ def versions() -> dict[str, str | None]:
         except PackageNotFoundError:
             found[package] = None
     return found
+
+
+def verl_hints(found: dict[str, str | None]) -> list[str]:
+    """What stops or slows a run of verl with these versions; nothing without verl."""
+    if found["verl"] is None:
+        return []
+    from packaging.version import Version  # verl brings it
+
+    hints = []
+    if found["vllm"] is not None and Version(found["vllm"]) < Version(VLLM):
+        hints.append(
+            f"vllm must be {VLLM} or newer for gpt-oss in bf16, got {found['vllm']}: "
+            f"KeyError 'layers.0.mlp.experts.w2_weight' (pip install vllm=={VLLM})"
+        )
+    if not _has_cross_entropy():
+        hints.append(
+            "flash-attn's cross entropy cannot be imported: verl takes log-probs token by token, slowly "
+            '("Log-probs token by token" in CLEAN_USAGE_GUIDE.md)'
+        )
+    return hints
+
+
+def _has_cross_entropy() -> bool:
+    """Whether verl's own import of it succeeds."""
+    try:
+        import flash_attn.ops.triton.cross_entropy  # noqa: F401
+    except ImportError:
+        return False
+    return True
 
 
 def device() -> dict:
@@ -138,6 +170,8 @@ def _print(report: dict) -> None:
     show("[bold]Versions[/bold]")
     for package, version in report["versions"].items():
         show(f"  {package:<26}{version or '[dim]not installed[/dim]'}")
+    for hint in report["verl"]:
+        show(f"  [yellow]verl:[/yellow] {escape(hint)}")
     card = report["device"]
     show("\n[bold]Device[/bold]")
     if card["type"] == "cpu":

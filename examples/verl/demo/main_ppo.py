@@ -17,8 +17,10 @@ from pathlib import Path
 import psutil
 
 HERE = Path(__file__).resolve().parent
+SHIPPED = {"gpt_oss": HERE.parent / "my_ppo.yaml", "llama": HERE.parent / "my_ppo_llama.yaml"}
 CHECKOUT = HERE.parents[2]
 MARKER = "TRITON_ATTENTION_SINK_DEMO_RUN"
+OBSERVATIONS = "VERL_OBSERVATIONS"  # the file that observer.py writes
 
 
 @dataclass(frozen=True)
@@ -32,6 +34,10 @@ class Run:
             Python imports what lies where it is started.
         gpu: train on the machine's first GPUs, one a rank, instead of the CPU platform.
         ranks: trainer processes that share every row by Ulysses sequence parallelism; 1 = none.
+        kind: "gpt_oss" or "llama".
+        rollout: "hf_eager", the server of verl_hf_rollout.py with a tiny model in fp32, or "vllm" with a small one in
+            bf16.
+        packed: whether the trainer packs a micro-batch's samples into one row (verl's ``use_remove_padding``).
         overrides: further Hydra overrides, as on verl's command line.
     """
 
@@ -40,6 +46,9 @@ class Run:
     folder: Path
     gpu: bool = False
     ranks: int = 1
+    kind: str = "gpt_oss"
+    rollout: str = "hf_eager"
+    packed: bool = True
     overrides: tuple[str, ...] = ()
 
     @property
@@ -49,6 +58,10 @@ class Run:
     @property
     def prompts(self) -> Path:
         return self.folder / "prompts.parquet"
+
+    @property
+    def config(self) -> Path:
+        return self.folder / "my_ppo.yaml"
 
     @property
     def log(self) -> Path:
@@ -63,45 +76,48 @@ class Run:
         return self.folder / "observations.jsonl"
 
 
+def write_inputs(run: Run) -> None:
+    """Checkpoint, prompts, and the configuration file: the one that examples/verl ships, with the run's attention."""
+    import tiny_model
+    import yaml
+    from toy_task import write_prompts
+    from transformers.utils.logging import disable_progress_bar
+
+    disable_progress_bar()
+    if run.rollout == "vllm":
+        tiny_model.WRITE[run.kind](run.model, tiny_model.SMALL)
+        write_prompts(run.prompts, prompts=96, words=(40, 360), vocabulary=tiny_model.SMALL.vocabulary)
+    else:
+        tiny_model.WRITE[run.kind](run.model)
+        write_prompts(run.prompts)
+    config = yaml.safe_load(SHIPPED[run.kind].read_text())
+    config["actor_rollout_ref"]["model"]["override_config"]["attn_implementation"] = run.attention
+    run.config.write_text(yaml.safe_dump(config, sort_keys=False))
+
+
 def command(run: Run, ray_folder: Path) -> list[str]:
-    """The command line. The first override is the whole of this package's configuration; the rest is an ordinary
-    GRPO run in fp32, made small."""
+    """The command line: the configuration file holds the attention; the overrides make an ordinary GRPO run small."""
     overrides = {
-        "+actor_rollout_ref.model.override_config.attn_implementation": run.attention,
-        # model, data, algorithm
+        # model, data
         "actor_rollout_ref.model.path": run.model,
-        "actor_rollout_ref.model.use_remove_padding": True,
-        "algorithm.adv_estimator": "grpo",
+        "actor_rollout_ref.model.use_remove_padding": run.packed,
         "data.train_files": run.prompts,
         "data.val_files": run.prompts,
-        "data.train_batch_size": 4,
-        "data.max_prompt_length": 16,
-        "data.max_response_length": 16,
         "data.dataloader_num_workers": 0,
         "reward.num_workers": 1,
         "reward.custom_reward_function.path": HERE / "toy_task.py",
-        # the actor, in fp32 so that 1e-5 means something
-        "actor_rollout_ref.actor.strategy": "fsdp2",
-        "actor_rollout_ref.actor.fsdp_config.strategy": "fsdp2",
-        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "fp32",
-        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype": "fp32",
-        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.buffer_dtype": "fp32",
+        # the actor
         "actor_rollout_ref.actor.use_torch_compile": False,
         "actor_rollout_ref.actor.fsdp_config.use_torch_compile": False,
+        "actor_rollout_ref.actor.fsdp_config.param_offload": False,
+        "actor_rollout_ref.actor.fsdp_config.optimizer_offload": False,
         "actor_rollout_ref.actor.optim.lr": 1e-3,
-        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
-        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 8,
         "actor_rollout_ref.actor.use_kl_loss": False,
         "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size": run.ranks,
-        # the one rollout server of verl_hf_rollout.py; verl counts a server by its ranks of tensor parallelism
-        "actor_rollout_ref.rollout.name": "hf_eager",
-        "actor_rollout_ref.rollout.n": 2,
+        # the rollout
+        "actor_rollout_ref.rollout.name": run.rollout,
         "actor_rollout_ref.rollout.calculate_log_probs": True,
-        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 8,
-        "actor_rollout_ref.rollout.tensor_model_parallel_size": run.ranks,
-        "actor_rollout_ref.rollout.n_gpus_per_node": run.ranks,
         "actor_rollout_ref.rollout.agent.num_workers": 1,
-        "actor_rollout_ref.rollout.free_cache_engine": False,
         # the trainer
         "trainer.n_gpus_per_node": run.ranks,
         "trainer.nnodes": 1,
@@ -119,11 +135,54 @@ def command(run: Run, ray_folder: Path) -> list[str]:
         "+ray_kwargs.ray_init.include_dashboard": False,
         "ray_kwargs.ray_init.num_cpus": 16,
         "hydra.run.dir": run.folder / "hydra",
+        **(_vllm(run) if run.rollout == "vllm" else _hf_rollout(run)),
     }
     if not run.gpu:
         overrides |= {"trainer.device": "cpu", "+ray_kwargs.ray_init.num_gpus": run.ranks}
     pairs = [f"{key}={_hydra(value)}" for key, value in overrides.items()]
-    return [_interpreter(ray_folder), "-m", "verl.trainer.main_ppo", *pairs, *run.overrides]
+    file = ["--config-dir", str(run.config.parent), "--config-name", run.config.stem]
+    return [_interpreter(ray_folder), "-m", "verl.trainer.main_ppo", *file, *pairs, *run.overrides]
+
+
+def _hf_rollout(run: Run) -> dict[str, object]:
+    """fp32, so that 1e-5 means something, and the one server of verl_hf_rollout.py."""
+    return {
+        "data.train_batch_size": 4,
+        "data.max_prompt_length": 16,
+        "data.max_response_length": 16,
+        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.param_dtype": "fp32",
+        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.reduce_dtype": "fp32",
+        "+actor_rollout_ref.actor.fsdp_config.mixed_precision.buffer_dtype": "fp32",
+        "actor_rollout_ref.actor.use_dynamic_bsz": False,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 4,
+        "actor_rollout_ref.actor.ppo_micro_batch_size_per_gpu": 8,
+        "actor_rollout_ref.rollout.log_prob_micro_batch_size_per_gpu": 8,
+        "actor_rollout_ref.rollout.n": 2,
+        "actor_rollout_ref.rollout.max_model_len": 32,
+        # verl counts a server by its ranks of tensor parallelism
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": run.ranks,
+        "actor_rollout_ref.rollout.n_gpus_per_node": run.ranks,
+        "actor_rollout_ref.rollout.free_cache_engine": False,
+    }
+
+
+def _vllm(run: Run) -> dict[str, object]:
+    """bf16, samples longer than the window, micro-batches of several; one engine a GPU, which the trainer shares."""
+    return {
+        "data.train_batch_size": 8,
+        "data.max_prompt_length": 384,
+        "data.max_response_length": 256,
+        "actor_rollout_ref.model.enable_gradient_checkpointing": True,
+        "actor_rollout_ref.actor.ppo_mini_batch_size": 8,
+        "actor_rollout_ref.actor.ppo_max_token_len_per_gpu": 8192,
+        "actor_rollout_ref.rollout.n": 4,
+        "actor_rollout_ref.rollout.max_model_len": 640,
+        "actor_rollout_ref.rollout.max_num_batched_tokens": 8192,
+        "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
+        "actor_rollout_ref.rollout.gpu_memory_utilization": 0.3,
+        # no compilation and no CUDA graphs: starts sooner, and the observer sees the layers run
+        "actor_rollout_ref.rollout.enforce_eager": True,
+    }
 
 
 def python_path() -> str:
@@ -134,10 +193,14 @@ def python_path() -> str:
 
 def environment(run: Run) -> dict[str, str]:
     """Environment of the trainer: verl's hooks for the stand-ins, no network, one thread, a mark on every child."""
-    modules = ["verl_hf_rollout"] if run.gpu else ["verl_cpu_platform", "verl_hf_rollout"]
+    modules = ["observer", *(["wrong_attention"] if run.attention == "one_sample" else [])]
+    if run.rollout == "hf_eager":
+        modules = ["verl_hf_rollout", *modules]
+    if not run.gpu:
+        modules = ["verl_cpu_platform", *modules]
     own = {
         "VERL_USE_EXTERNAL_MODULES": ",".join(modules),
-        "VERL_HF_ROLLOUT_OBSERVATIONS": str(run.observations),
+        OBSERVATIONS: str(run.observations),
         "VERL_FILE_LOGGER_PATH": str(run.metrics),
         "PYTHONPATH": python_path(),
         "PYTHONUNBUFFERED": "1",

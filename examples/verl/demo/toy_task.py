@@ -1,25 +1,28 @@
-"""A task that a random model can be rewarded for: write words with an even number. Prompts are 3 to 9 random words."""
+"""A task that a random model can be rewarded for: write words with an even number. Prompts are random words."""
 
 from __future__ import annotations
 
 import random
 from pathlib import Path
 
-PROMPTS = 16
+FIRST_WORD = 9  # below it are the tokenizer's special tokens
 
 
-def write_prompts(file: Path) -> None:
-    """Write verl's parquet columns: data_source, prompt (a chat), ability, reward_model, extra_info."""
+def write_prompts(file: Path, prompts: int = 16, words: tuple[int, int] = (3, 9), vocabulary: int = 128) -> None:
+    """Write verl's parquet columns: data_source, prompt (a chat), ability, reward_model, extra_info.
+
+    ``words``: of the shortest and the longest prompt.
+    """
     import pandas as pd
 
     rng = random.Random(0)
     rows = []
-    for index in range(PROMPTS):
-        words = " ".join(f"w{rng.randint(4, 127)}" for _ in range(rng.randint(3, 9)))
+    for index in range(prompts):
+        text = " ".join(f"w{rng.randrange(FIRST_WORD, vocabulary)}" for _ in range(rng.randint(*words)))
         rows.append(
             {
                 "data_source": "toy",
-                "prompt": [{"role": "user", "content": words}],
+                "prompt": [{"role": "user", "content": text}],
                 "ability": "toy",
                 "reward_model": {"style": "rule", "ground_truth": ""},
                 "extra_info": {"index": index},

@@ -4,24 +4,18 @@ verl imports this module by its own hook (``VERL_USE_EXTERNAL_MODULES=verl_hf_ro
 ``actor_rollout_ref.rollout.name=hf_eager``. Eager attention on a single unpadded sample is the definition of a sink
 model's probabilities: what the trainer computes from packed rows must agree with it.
 
-The half that lives in the trainer's workers, ``HfServerAdapter``, also writes down (on rank 0) what the demo's table
-reports: which attention the worker's layers really used, and the sinks at every synchronisation of the weights.
+The server writes down the sinks that it is given (``observer.py``).
 """
 
 from __future__ import annotations
 
-import json
-import os
-from collections import Counter
-
+import observer
 import ray
 import torch
-from verl.utils.ulysses import get_ulysses_sequence_parallel_world_size
 from verl.workers.rollout import base as verl_rollout
 from verl.workers.rollout.replica import RolloutReplica, RolloutReplicaRegistry, TokenOutput
 
 NAME = "hf_eager"
-OBSERVATIONS = "VERL_HF_ROLLOUT_OBSERVATIONS"
 
 
 class HfServer:
@@ -38,6 +32,7 @@ class HfServer:
 
     def load(self, weights: dict[str, torch.Tensor], global_steps: int | None) -> None:
         self.model.load_state_dict(weights, strict=True)
+        observer.write_rollout({name: x.tolist() for name, x in weights.items() if name.endswith("sinks")})
         self.global_steps = global_steps or 0
 
     @torch.no_grad()
@@ -82,50 +77,8 @@ class HfReplica(RolloutReplica):
         self.servers = [self._server_handle]
 
 
-class AttentionObserver:
-    """Counts, in the worker itself, the calls of every attention layer by what the call used.
-
-    It uses torch's global forward hook and changes nothing. Per call: the name in the layer's config (after any
-    rewriting by transformers), the function that transformers has registered under it, whether the model was training,
-    how many samples began in the row (position_ids that restart at 0), and over how many ranks verl had sharded it.
-    """
-
-    def __init__(self):
-        self.calls: Counter[tuple[str, str, bool, int, int]] = Counter()
-        torch.nn.modules.module.register_module_forward_hook(self._after_forward, with_kwargs=True)
-
-    def _after_forward(self, module: torch.nn.Module, args: tuple, kwargs: dict, output: object) -> None:
-        name = getattr(getattr(module, "config", None), "_attn_implementation", None)
-        if name is None or not type(module).__name__.endswith("Attention"):
-            return
-        position_ids = kwargs.get("position_ids")
-        samples = int((position_ids[0] == 0).sum()) if position_ids is not None else 0
-        ranks = get_ulysses_sequence_parallel_world_size()
-        self.calls[name, _registered_function(name), module.training, samples, ranks] += 1
-
-    def take(self) -> list[dict]:
-        fields = ("name", "function", "training", "samples_in_row", "ranks", "calls")
-        rows = [dict(zip(fields, (*key, calls), strict=True)) for key, calls in self.calls.items()]
-        self.calls.clear()
-        return rows
-
-
-def _registered_function(name: str) -> str:
-    from transformers import AttentionInterface
-
-    if name == "eager":
-        return "the model's own eager attention"
-    function = AttentionInterface().get(name)
-    return f"{function.__module__}.{function.__qualname__}" if function else "not registered"
-
-
 class HfServerAdapter(verl_rollout.BaseRollout):
-    """The trainer's side of the server: hands over the weights, and records observations if asked to."""
-
-    def __init__(self, config, model_config, device_mesh, replica_rank: int = -1):
-        super().__init__(config, model_config, device_mesh)
-        self.observations = os.environ.get(OBSERVATIONS)
-        self.observer = AttentionObserver() if self.observations else None
+    """The trainer's side of the server: hands over the weights."""
 
     async def resume(self, tags: list[str]) -> None: ...
     async def release(self) -> None: ...
@@ -137,11 +90,6 @@ class HfServerAdapter(verl_rollout.BaseRollout):
             return
         await ray.get_actor(_actor_name(0)).load.remote(state, global_steps)
         print(f"[rollout] received {len(state)} tensors, global step {global_steps}", flush=True)
-        if self.observer:
-            sinks = {name: tensor.tolist() for name, tensor in state.items() if name.endswith("sinks")}
-            row = {"global_step": global_steps or 0, "attention": self.observer.take(), "sinks": sinks}
-            with open(self.observations, "a") as file:
-                file.write(json.dumps(row) + "\n")
 
 
 RolloutReplicaRegistry.register(NAME, lambda: HfReplica)
