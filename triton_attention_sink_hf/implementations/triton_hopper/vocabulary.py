@@ -244,7 +244,7 @@ def new_barriers(N: gl.constexpr):
 
 @aggregate
 class Rows:
-    """A BSHD tensor with a last stride of 1, of which tiles of rows are stored. BLOCK: columns of a tile."""
+    """A BSHD tensor with a last stride of 1, read or written by tiles of 64 rows. BLOCK: columns of a tile."""
 
     ptr: gl.tensor
     stride_b: gl.tensor | gl.constexpr
@@ -252,6 +252,16 @@ class Rows:
     stride_h: gl.tensor | gl.constexpr
     COLUMNS: gl.constexpr
     BLOCK: gl.constexpr
+
+    @gluon.jit
+    def load(self, first, end, b, head, layout: gl.constexpr):
+        """64 rows from ``first`` on of one head; those from ``end`` on and columns past COLUMNS are 0."""
+        rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        d = gl.arange(0, self.BLOCK, layout=gl.SliceLayout(0, layout))
+        base = self.ptr + b.to(gl.int64) * self.stride_b + head.to(gl.int64) * self.stride_h
+        inside = (rows < end)[:, None]
+        pointers = base + rows.to(gl.int64)[:, None] * self.stride_t + d[None, :]
+        return gl.load(pointers, mask=inside & (d < self.COLUMNS)[None, :], other=0.0)
 
     @gluon.jit
     def store(self, x, first, end, b, head, layout: gl.constexpr):
