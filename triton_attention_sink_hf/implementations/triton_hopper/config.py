@@ -22,7 +22,7 @@ class ForwardConfig(NamedTuple):
     block_n: int
     stages: int
     q_buffers: int
-    turns: bool  # consumers take turns at the tensor cores
+    pingpong: bool  # consumers take turns at the tensor cores
     registers: tuple[int, int]  # of a lane of a consumer, of the producer
     l2_bytes: int  # K and V of the heads that are worked on side by side
 
@@ -30,9 +30,9 @@ class ForwardConfig(NamedTuple):
 MIB = 2**20
 # by the larger of the padded head dimensions of q, k and of v
 _FORWARD = {
-    64: ForwardConfig(3, block_n=128, stages=3, q_buffers=2, turns=True, registers=(160, 32), l2_bytes=16 * MIB),
-    128: ForwardConfig(2, block_n=128, stages=2, q_buffers=2, turns=False, registers=(240, 24), l2_bytes=64 * MIB),
-    256: ForwardConfig(2, block_n=64, stages=2, q_buffers=1, turns=False, registers=(240, 24), l2_bytes=64 * MIB),
+    64: ForwardConfig(3, block_n=128, stages=3, q_buffers=2, pingpong=True, registers=(160, 32), l2_bytes=16 * MIB),
+    128: ForwardConfig(2, block_n=128, stages=2, q_buffers=2, pingpong=False, registers=(240, 24), l2_bytes=64 * MIB),
+    256: ForwardConfig(2, block_n=64, stages=2, q_buffers=1, pingpong=False, registers=(240, 24), l2_bytes=64 * MIB),
 }
 BACKWARD_L2_KEYS = 16384
 WIDE_L2_BYTES = 256 * MIB  # what the heads that are worked on side by side read, backward above MAX_FUSED_DIM
