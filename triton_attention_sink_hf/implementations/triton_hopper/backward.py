@@ -7,11 +7,10 @@ of a dS slot says two things: dS is there, and both consumers are done with the 
 
 dk, dv and dsink have a fixed order; dq has none (the order in which tiles arrive), hence no place where determinism is
 asked for. Before the kernel ``backward_preprocess.py`` runs (delta, lse in base 2, dsink, zeros for dq), after it
-``_finish`` (dq in its own dtype).
+``backward_postprocess.py`` (dq in its own dtype).
 """
 
 import torch
-import triton
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -27,32 +26,13 @@ from ..common.primitives import LOG2E
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.reduce import sum_rows
 from ..common.relaunch import Launch
-from .backward_preprocess import ALIGN, ROWS, new_statistics, prepare_launch, statistics_blocks
-from .config import BACKWARD_L2_KEYS, backward_config
+from .backward_postprocess import postprocess_launch
+from .backward_preprocess import new_statistics, preprocess_launch, statistics_blocks
+from .config import BACKWARD_L2_KEYS, STATISTICS_ALIGN, backward_config
 from .gluon_compat import aggregate, async_atomic_add, async_load, thread_barrier
 from .launch import call_constants, row_blocks, section_of_heads
 from .tile_table import table_slots, tile_table
 from .vocabulary import Rows, Tiles, new_barriers
-
-BLOCK_M = 64  # queries of a block, and keys of a consumer
-KEYS = 128  # keys of a program
-
-
-@triton.jit
-def _finish_kernel(
-    buffer_ptr, dq_ptr, softmax_scale, seqlen_q, heads_q, stride_dqb, stride_dqt, stride_dqh, stride_dqd,
-    D: tl.constexpr, BLOCK_D: tl.constexpr, ROWS: tl.constexpr,
-):  # fmt: skip
-    """dq (B, Sq, Hq, D) in its dtype and layout from the fp32 buffer."""
-    h = tl.program_id(0)
-    b = tl.program_id(2).to(tl.int64)
-    i = tl.program_id(1) * ROWS + tl.arange(0, ROWS)
-    d = tl.arange(0, BLOCK_D)[None, :]
-    rows = i.to(tl.int64)[:, None]
-    inside = (i < seqlen_q)[:, None] & (d < D)
-    dq = tl.load(buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d, mask=inside) * softmax_scale
-    dq_base = dq_ptr + b * stride_dqb + h.to(tl.int64) * stride_dqh
-    tl.store(dq_base + rows * stride_dqt + d * stride_dqd, dq.to(dq_ptr.dtype.element_ty), mask=inside)
 
 
 @aggregate
@@ -323,18 +303,9 @@ def _hopper_bwd_kernel(
 def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides) -> tuple:
     """The three launches."""
     call, mask, config = problem.call, problem.call.mask, backward_config(problem)
-    slots = table_slots(problem.seqlen_k, KEYS)
-    tiles = slots if mask.packed else ceil_div(problem.seqlen_k, KEYS)
+    slots = table_slots(problem.seqlen_k, config.keys)
+    tiles = slots if mask.packed else ceil_div(problem.seqlen_k, config.keys)
     d, constants = call.q.shape[-1], call_constants(problem)
-    finish = {
-        "softmax_scale": call.softmax_scale,
-        "seqlen_q": problem.seqlen_q,
-        "heads_q": problem.heads_q,
-        **strides("dq", dq_strides),
-        "D": d,
-        "BLOCK_D": constants["BLOCK_D"],
-        "ROWS": ROWS,
-    }
     main = {
         **constants,
         "D": d,
@@ -348,42 +319,41 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         **strides("dk", dk_strides),
         **strides("dv", dv_strides),
         "STAGES": config.stages,
-        "BLOCK_M": BLOCK_M,
-        "KEYS": KEYS,
-        "ALIGN": ALIGN,
+        "BLOCK_M": config.block_m,
+        "KEYS": config.keys,
+        "ALIGN": STATISTICS_ALIGN,
         "CONSUMER_REGISTERS": config.registers[0],
         "DQ_REGISTERS": config.registers[1],
     }
     q, k, v = call.q, call.k, call.v
     (_, seqlen, heads, d), out_shape = q.shape, (*q.shape[:3], v.shape[-1])
     buffer_strides = (seqlen * heads * d, heads * d, d, 1)
-    statistics = statistics_blocks(problem, BLOCK_M)
+    statistics = statistics_blocks(problem, config.block_m)
     blocks = {
-        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, BLOCK_M),
-        "dout_desc": row_blocks(out_shape, dout_strides, q.dtype, BLOCK_M),
+        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, config.block_m),
+        "dout_desc": row_blocks(out_shape, dout_strides, q.dtype, config.block_m),
         "k_desc": row_blocks(k.shape, k.stride(), k.dtype, 64),
         "v_desc": row_blocks(v.shape, v.stride(), v.dtype, 64),
         "lse_desc": statistics,
         "delta_desc": statistics,
-        "dq_desc": row_blocks(q.shape, buffer_strides, torch.float32, BLOCK_M, 64),
+        "dq_desc": row_blocks(q.shape, buffer_strides, torch.float32, config.block_m, 64),
     }
-    rows = (problem.heads_q, ceil_div(problem.seqlen_q, ROWS), problem.batch)
     return (
-        prepare_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=True),
+        preprocess_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=True),
         Launch(_hopper_bwd_kernel, (tiles * problem.batch * problem.heads_k,), blocks, **main),
-        Launch(_finish_kernel, rows, **finish),
+        postprocess_launch(problem, dq_strides),
     )
 
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, dk, dv, and dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call = problem.call
-    prepare, main, finish = _plan(
+    preprocess, main, postprocess = _plan(
         problem, *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv))
     )  # fmt: skip
     buffer = lse.new_empty(call.q.shape)
     statistics, dsink_parts = new_statistics(problem, lse, dsinks is not None)
-    prepare(
+    preprocess(
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=buffer,
         statistics_ptr=statistics, dsink_ptr=dsink_parts,
     )  # fmt: skip
@@ -403,8 +373,8 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dk_ptr=dk,
         dv_ptr=dv,
         ranges_ptr=key_ranges,
-        table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, KEYS),
+        table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, backward_config(problem).keys),
     )
-    finish(buffer_ptr=buffer, dq_ptr=dq)
+    postprocess(buffer_ptr=buffer, dq_ptr=dq)
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

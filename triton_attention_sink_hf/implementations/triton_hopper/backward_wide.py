@@ -20,16 +20,12 @@ from ..common.primitives import LOG2E
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.reduce import sum_rows
 from ..common.relaunch import Launch
-from .backward_preprocess import ALIGN, new_statistics, prepare_launch, statistics_blocks
-from .config import WIDE_L2_BYTES
+from .backward_preprocess import new_statistics, preprocess_launch, statistics_blocks
+from .config import STATISTICS_ALIGN, WIDE
 from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
 from .tile_table import table_slots, tile_table
 from .vocabulary import Rows, Tiles, new_barriers
-
-BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
-QUERIES = 128  # of a program of the dq kernel
-REGISTERS = 240  # of a lane of a consumer
 
 
 @aggregate
@@ -378,15 +374,15 @@ def _hopper_dq_kernel(
 def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides, dk_strides, dv_strides) -> tuple:
     """Launches: statistics; dk and dv, or None where they are not asked for; dq."""
     call, packed, constants = problem.call, problem.call.mask.packed, call_constants(problem)
-    prepare = prepare_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=False)
+    preprocess = preprocess_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=False)
     q, k, v = call.q, call.k, call.v
     blocks = {
-        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, BLOCK),
-        "dout_desc": row_blocks((*q.shape[:3], v.shape[-1]), dout_strides, q.dtype, BLOCK),
-        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, BLOCK),
-        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, BLOCK),
+        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, WIDE.block),
+        "dout_desc": row_blocks((*q.shape[:3], v.shape[-1]), dout_strides, q.dtype, WIDE.block),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, WIDE.block),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, WIDE.block),
     }
-    statistics = statistics_blocks(problem, BLOCK)
+    statistics = statistics_blocks(problem, WIDE.block)
     bytes_per_row = (q.shape[-1] + v.shape[-1]) * q.element_size()
 
     def launch(kernel, blocks: dict, rows: int, tile: int, heads: int, section: int, **rest) -> Launch:
@@ -395,7 +391,7 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         total = problem.batch * heads
         grid = (tiles * total,)
         sizes = {"slots": slots, "tiles": tiles, "heads": total, "section": section}
-        rest |= {"D": q.shape[-1], "BLOCK": BLOCK, "REGISTERS": REGISTERS}
+        rest |= {"D": q.shape[-1], "BLOCK": WIDE.block, "REGISTERS": WIDE.registers}
         return Launch(kernel, grid, blocks, **constants, **sizes, **rest)
 
     dkv = None
@@ -403,26 +399,27 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         group = problem.heads_q // problem.heads_k
         dkv = launch(
             _hopper_dkv_kernel, {**blocks, "lse_desc": statistics, "delta_desc": statistics},
-            problem.seqlen_k, BLOCK, problem.heads_k,
-            section_of_heads(problem, problem.heads_k, WIDE_L2_BYTES // (bytes_per_row * group)),
-            heads_k=problem.heads_k, **strides("dk", dk_strides), **strides("dv", dv_strides), ALIGN=ALIGN,
+            problem.seqlen_k, WIDE.block, problem.heads_k,
+            section_of_heads(problem, problem.heads_k, WIDE.l2_bytes // (bytes_per_row * group)),
+            heads_k=problem.heads_k, **strides("dk", dk_strides), **strides("dv", dv_strides), ALIGN=STATISTICS_ALIGN,
         )  # fmt: skip
     dq = launch(
-        _hopper_dq_kernel, blocks, problem.seqlen_q, QUERIES, problem.heads_q,
-        section_of_heads(problem, problem.heads_q, WIDE_L2_BYTES // bytes_per_row),
-        heads_q=problem.heads_q, padded_q=prepare.constants["padded_q"], **strides("dq", dq_strides), QUERIES=QUERIES,
+        _hopper_dq_kernel, blocks, problem.seqlen_q, WIDE.queries, problem.heads_q,
+        section_of_heads(problem, problem.heads_q, WIDE.l2_bytes // bytes_per_row),
+        heads_q=problem.heads_q, padded_q=preprocess.constants["padded_q"], QUERIES=WIDE.queries,
+        **strides("dq", dq_strides),
     )  # fmt: skip
-    return prepare, dkv, dq
+    return preprocess, dkv, dq
 
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq; dk, dv and dsinks unless None. dlse (B, Hq, Sq) or None. The same bits every time."""
     call, ranges = problem.call, problem.ranges
-    prepare, dkv_launch, dq_launch = _plan(
+    preprocess, dkv_launch, dq_launch = _plan(
         problem, *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv))
     )  # fmt: skip
     statistics, dsink_parts = new_statistics(problem, lse, dsinks is not None)
-    prepare(
+    preprocess(
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=None,
         statistics_ptr=statistics, dsink_ptr=dsink_parts,
     )  # fmt: skip
@@ -437,14 +434,14 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
             dk_ptr=dk,
             dv_ptr=dv,
             ranges_ptr=unused if ranges is None else key_ranges,
-            table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, BLOCK),
+            table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, WIDE.block),
         )
     dq_launch(
         **tensors,
         statistics_ptr=statistics,
         dq_ptr=dq,
         ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, QUERIES),
+        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, WIDE.queries),
     )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

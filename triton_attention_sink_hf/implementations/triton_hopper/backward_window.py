@@ -26,24 +26,10 @@ from ..common.primitives import LOG2E
 from ..common.problem import Problem, addressable, ceil_div, multiprocessors, planned, strides
 from ..common.reduce import sum_rows
 from ..common.relaunch import Launch
-from .config import TARGETS
+from .config import MAX_BATCH, MIN_LEFT, MIN_SEQLEN, MIN_TOKENS, TARGETS, WINDOW
 from .gluon_compat import aggregate, async_load, async_store, thread_barrier
 from .launch import row_blocks, token_blocks
 from .vocabulary import Rows, new_barriers, opaque
-
-ROWS = 64  # of a step
-TILE = 64  # keys of a consumer
-BLOCK_D = 64  # columns of every tile
-HALO = 2 * TILE  # tokens past a chunk whose windows begin in it
-SLOTS = 4  # tiles of keys in shared memory: the three that a step sees, and the next
-STAGES = 3  # steps in shared memory
-REGISTERS = 160  # of a lane of a consumer
-GROUPS = (4, 8, 16)  # query heads of a key head: with fewer, tiles change before the next one is there
-# Where the two kernels of triton_window were faster (H200): most of three tiles is hidden, or of the card idle.
-MIN_LEFT = 65
-MIN_TOKENS = 1024  # of all rows of the batch
-MIN_SEQLEN = 64
-MAX_BATCH = 65535  # third dimension of a grid
 
 
 @gluon.jit
@@ -402,14 +388,14 @@ def _hopper_window_bwd_kernel(
 
 
 def chunk_length(seqlen: int, heads: int, programs: int) -> int:
-    """Tokens of a chunk: the multiple of TILE that gives the busiest of ``programs`` the least to do."""
+    """Tokens of a chunk: the multiple of WINDOW.tile that gives the busiest of ``programs`` the least to do."""
 
     def work(length: int) -> tuple[int, int]:
         rounds = ceil_div(heads * ceil_div(seqlen, length), programs)
-        return rounds * (length + HALO + TILE), -length
+        return rounds * (length + WINDOW.halo + WINDOW.tile), -length
 
-    tiles = ceil_div(seqlen, TILE)
-    return min((ceil_div(tiles, n) * TILE for n in range(1, tiles + 1)), key=work)
+    tiles = ceil_div(seqlen, WINDOW.tile)
+    return min((ceil_div(tiles, n) * WINDOW.tile for n in range(1, tiles + 1)), key=work)
 
 
 @planned
@@ -421,12 +407,12 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
     length = chunk_length(problem.seqlen_q, problem.batch * problem.heads_k, multiprocessors(q.device))
     chunks, out_shape = ceil_div(problem.seqlen_q, length), (*q.shape[:3], dv)
     blocks = {
-        "q_desc": token_blocks(q.shape, q.stride(), q.dtype, ROWS // group, group),
-        "dout_desc": token_blocks(out_shape, dout_strides, q.dtype, ROWS // group, group),
-        "out_desc": token_blocks(out_shape, out_strides, q.dtype, ROWS // group, group),
-        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, TILE),
-        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, TILE),
-        "dq_desc": token_blocks(q.shape, dq_strides, q.dtype, ROWS // group, group),
+        "q_desc": token_blocks(q.shape, q.stride(), q.dtype, WINDOW.rows // group, group),
+        "dout_desc": token_blocks(out_shape, dout_strides, q.dtype, WINDOW.rows // group, group),
+        "out_desc": token_blocks(out_shape, out_strides, q.dtype, WINDOW.rows // group, group),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, WINDOW.tile),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, WINDOW.tile),
+        "dq_desc": token_blocks(q.shape, dq_strides, q.dtype, WINDOW.rows // group, group),
     }
     launch = Launch(
         _hopper_window_bwd_kernel,
@@ -440,15 +426,15 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
         **strides("dv", dv_strides),
         D=d,
         DV=dv,
-        ROWS=ROWS,
-        TILE=TILE,
-        BLOCK_D=BLOCK_D,
+        ROWS=WINDOW.rows,
+        TILE=WINDOW.tile,
+        BLOCK_D=WINDOW.block_d,
         PACK=group,
-        STAGES=STAGES,
-        SLOTS=SLOTS,
+        STAGES=WINDOW.stages,
+        SLOTS=WINDOW.slots,
         HAS_SINK=call.sinks is not None,
         PACKED=call.mask.packed,
-        REGISTERS=REGISTERS,
+        REGISTERS=WINDOW.registers,
         num_warps=4,
     )
     return launch, chunks * problem.batch * 3
@@ -468,8 +454,8 @@ def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, d
         and seqlen >= MIN_SEQLEN
         and batch * seqlen >= MIN_TOKENS
         and batch <= MAX_BATCH
-        and q.shape[2] // k.shape[2] in GROUPS
-        and 32 < max(q.shape[-1], v.shape[-1]) <= BLOCK_D
+        and q.shape[2] // k.shape[2] in WINDOW.groups
+        and 32 < max(q.shape[-1], v.shape[-1]) <= WINDOW.block_d
         and all(map(addressable, (q, k, v, out, dout, dq)))
     )
 

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..common.problem import MAX_PLANS, ceil_div
 from ..common.relaunch import Launch
+from .config import TABLE
 
 
 @triton.jit(do_not_specialize=["n_rows", "slots"])
@@ -94,14 +95,13 @@ def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
 @functools.lru_cache(MAX_PLANS)
 def _table_launch(rows: int, tile: int) -> Launch:
     slots = table_slots(rows, tile)
-    block = 32
     return Launch(
         _tile_table_kernel,
-        (ceil_div(slots, block),),
+        (ceil_div(slots, TABLE.block),),
         n_rows=rows,
         slots=slots,
         TILE=tile,
-        BLOCK=block,
-        OTHERS=512,  # each round waits for two loads that depend on each other
-        num_warps=8,
+        BLOCK=TABLE.block,
+        OTHERS=TABLE.others,
+        num_warps=TABLE.num_warps,
     )
