@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import INTERPRETED_AS_HERE, ROOT, python
 from typer.testing import CliRunner
 
 from triton_attention_sink_hf import attention_sink, checks, interface, processes
@@ -18,7 +19,6 @@ from triton_attention_sink_hf.cli import doctor as doctor_command
 from triton_attention_sink_hf.cli import export as export_command
 from triton_attention_sink_hf.cli.export import write
 
-ROOT = Path(__file__).parent.parent
 NAMES = ["Import Test", "Triton Kernel Check", "Basic Forward Pass", "GQA Support", "Path Format"]
 RESULTS = [{"name": name, "passed": True, "detail": "fine"} for name in NAMES]
 
@@ -27,19 +27,11 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a Python command from another directory, with the interpreter not yet asked for."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    inherited |= {"OMP_NUM_THREADS": "1"} | environment
-    return subprocess.run([sys.executable, *command], env=inherited, capture_output=True, text=True, cwd="/")
-
-
 # The five checks
 
 
 def test_test_basic_passes_from_any_directory_without_an_installation():
-    done = fresh(str(ROOT / "test_attention_sink" / "test_basic.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python(ROOT / "test_attention_sink" / "test_basic.py", path=())
     *lines, total = done.stdout.splitlines()
     assert [line[:26].split("PASS  ")[-1].strip() for line in lines] == NAMES
     assert total == "5 of 5 checks passed"
@@ -94,10 +86,7 @@ def test_the_path_check_says_which_paths_cannot_work(monkeypatch):
 
 
 def test_doctor_json_is_only_json_and_complete():
-    done = fresh(
-        "-c", "from triton_attention_sink_hf.cli import main; main()", "doctor", "--json", PYTHONPATH=str(ROOT)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python("-c", "from triton_attention_sink_hf.cli import main; main()", "doctor", "--json")
     report = json.loads(done.stdout)
     assert [check["name"] for check in report["checks"]] == NAMES
     assert all(check["passed"] for check in report["checks"])
@@ -182,7 +171,7 @@ def test_doctor_looks_for_the_cross_entropy_as_verl_does(tmp_path, files, expect
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     program = "from triton_attention_sink_hf.cli import doctor; print(doctor._has_cross_entropy())"
-    done = fresh("-c", program, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    done = python("-c", program, path=(tmp_path, ROOT))
     assert done.stdout.strip() == str(expected), done.stderr
 
 
@@ -262,9 +251,8 @@ def test_export_stands_alone_and_beside_the_package(tmp_path):
     metadata = json.loads((build / "metadata.json").read_text())
     assert set(metadata) == {"id", "name", "version", "license", "python-depends", "backend"}
     assert metadata["python-depends"] == []
-    environment = checks.interpreter_environment() or {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "0")}
-    done = fresh("-c", STANDALONE + BESIDE_THE_PACKAGE, str(build), str(ROOT), **environment)
-    assert done.returncode == 0, done.stderr
+    environment = checks.interpreter_environment() or INTERPRETED_AS_HERE
+    python("-c", STANDALONE + BESIDE_THE_PACKAGE, build, ROOT, path=(), **environment)
 
 
 def refused(folder: Path) -> str:
@@ -288,13 +276,13 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 def test_another_export_replaces_what_export_wrote(tmp_path, monkeypatch):
     build = write(tmp_path / "kernel")
-    monkeypatch.setattr(export_command, "SOURCES", (*export_command.SOURCES, "verify.py"))
+    monkeypatch.setattr(export_command, "SOURCES", (*export_command.SOURCES, "checks.py"))
     monkeypatch.setattr(export_command, "CARD", "another card")
     write(tmp_path / "kernel")
-    assert (build / "verify.py").exists()
+    assert (build / "checks.py").exists()
     monkeypatch.undo()
     write(tmp_path / "kernel")
-    assert not (build / "verify.py").exists()  # no longer part of it, and as export wrote it
+    assert not (build / "checks.py").exists()  # no longer part of it, and as export wrote it
     write(tmp_path / "new")
     again, new = contents(tmp_path / "kernel"), contents(tmp_path / "new")
     assert [*again.values()] == [*new.values()]

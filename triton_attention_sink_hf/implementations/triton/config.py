@@ -88,7 +88,7 @@ _CDNA = {
         "fp32 wide": KernelConfig(16, 16, 4, 1),
     },
 }
-# Measured on an H100 (benchmarks/NOTES.md). Some keep a few registers in memory and are still the fastest tiles.
+# Measured on an H100 (benchmarks/LOG.md). Some keep a few registers in memory and are still the fastest tiles.
 _HOPPER = {
     "forward": {"medium": KernelConfig(128, 64, 8, 3), "wide": KernelConfig(128, 64, 8, 2)},
     "dq": {
@@ -111,6 +111,9 @@ _DEFAULT = {"forward": _FORWARD, "dq": _DQ, "dkv": _DKV}
 _OVERRIDES = dict.fromkeys(("sm80", "sm86", "sm87", "sm89", "sm120", "sm121"), _MMA_SYNC)
 _OVERRIDES |= {"sm90": _HOPPER, "sm100": _BLACKWELL, "sm103": _BLACKWELL}
 _OVERRIDES |= dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _CDNA)
+
+
+MIN_TMA_PACK = 4  # heads in a tile of dk, dv: TMA copies rows of at least 16 bytes, here fp32 statistics
 
 
 def _config(kernel: str, problem) -> KernelConfig:

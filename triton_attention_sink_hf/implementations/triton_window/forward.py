@@ -8,10 +8,10 @@ and fetch their next queries into L2 while they compute.
 import triton
 import triton.language as tl
 
-from ..triton.launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
-from ..triton.masks import query_interval
-from ..triton.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
-from ..triton.relaunch import Launch
+from ..common.masks import query_interval
+from ..common.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
+from ..common.problem import Problem, ceil_div, planned, strides, token_blocks, use_tma
+from ..common.relaunch import Launch
 from .config import band_size, forward_config, programs
 
 
@@ -133,7 +133,7 @@ def finish(
 
 
 @triton.jit
-def hold(x):
+def keep_branch(x):
     """An instruction that may not run where the branch around it is not taken: it keeps a branch from being selects."""
     tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -215,7 +215,7 @@ def _window_fwd_kernel(
             if BEGINS <= BAND:
                 if rare:
                     if NVIDIA:
-                        hold(key)
+                        keep_branch(key)
                     s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
                 # in all other tiles what is past the first BEGINS columns is known to be seen at compile time
                 begin = tl.minimum(begin, BEGINS)
