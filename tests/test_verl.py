@@ -260,7 +260,10 @@ def observed(demo, run, change: dict):
     run.observations.write_text("".join(json.dumps(row) + "\n" for row in rows))
     metrics = {"training/rollout_probs_diff_max": change.get("diff", 1e-7)}
     metrics["training/rollout_probs_diff_mean"] = change.get("mean", 2e-3)
-    steps = [{"step": step, "data": metrics} for step in range(1, change.get("steps", 2) + 1)]
+    steps = [
+        {"step": step, "data": metrics | {"rollout_corr/k3_kl": k3}}
+        for step, k3 in enumerate(change.get("k3", [1e-3] * change.get("steps", 2)), 1)
+    ]
     run.metrics.write_text("".join(json.dumps(step) + "\n" for step in steps))
     return demo.report.read(run)
 
@@ -284,8 +287,10 @@ OF_THE_DEMO = [
     ({"diff": float("nan")}, "probabilities of trainer and rollout must agree"),
 ]
 OF_THE_GPU_DEMO = [
-    ({"mean": 2.6e-3}, "must be at most 1.25 times the padded control's, 2.50e-03, got 2.60e-03"),
-    ({"mean": float("nan")}, "verl must report the difference"),
+    ({"mean": 2.6e-3}, "step 1: rollout_probs_diff_mean must be at most 1.25 times the padded control's 2.00e-03"),
+    ({"k3": [1e-3, 2e-3]}, "step 2: k3_kl must be at most 1.25 times the padded control's 1.50e-03, got 2.00e-03"),
+    ({"k3": [1e-3, float("nan")]}, "step 2: verl must report how far"),
+    ({"mean": float("nan")}, "step 1: verl must report how far"),
     ({"kernels": {}}, "this package's fwd kernels must run on the GPU"),
     ({"kernels": {"_attn_fwd_kernel": [8, 1.0]}}, "this package's bwd kernels must run on the GPU"),
 ]
@@ -305,7 +310,8 @@ def test_the_demo_fails_for_every_reason_it_promises(demo, tmp_path, change, sen
 def test_the_gpu_demo_fails_for_every_reason_it_promises(demo, tmp_path, change, sentence):
     run = demo.main_ppo.Run("triton_attention_sink", steps=2, folder=tmp_path, gpu=True, rollout="vllm")
     found = observed(demo, run, change)
-    assert verdict(list(demo.gpu_demo.failures(run, found, {"probs_diff_mean": 2e-3})), sentence)
+    control = {"steps": [{"probs_diff_mean": 2e-3, "k3_kl": 1.5e-3}, {"probs_diff_mean": 1e-4, "k3_kl": 1e-3}]}
+    assert verdict(list(demo.gpu_demo.failures(run, found, control)), sentence)
 
 
 def test_the_gpu_demo_holds_its_control_to_no_control(demo, tmp_path):
