@@ -1,24 +1,25 @@
 #!/usr/bin/env bash
 # GRPO on gpt-oss-20b with exact attention sinks: FSDP2, packed rows, vLLM or SGLang as the rollout engine. verl 0.9.1.
-# Starts from my_ppo.yaml, which holds the attention and the algorithm, and adds the machine and the sizes.
+# my_ppo.yaml holds the attention and the algorithm; this script adds the machine and the sizes.
 #
-# WHAT WE RAN of this:
+# TESTED:
 #   - verl's configuration accepts every key, for 1, 2, 4 and 8 GPUs (tests/test_recipes.py);
-#   - the same trainer on a tiny random gpt-oss on a CPU with a Hugging Face rollout (`make demo`);
-#   - the first step on one H100 with vLLM 0.25.1, a tiny random gpt-oss in bf16, packed rows: probabilities of trainer and
-#     engine differ by 1.8e-3 on average, with eager and padded rows by 2.1e-3.
-# WHAT WE DID NOT RUN:
-#   - a second step on a GPU; more than one GPU; Ulysses on GPUs;
-#   - CUDA graphs of the engine (that step had rollout.enforce_eager=True);
-#   - SGLang;
-#   - a real checkpoint, and these sizes: they are arithmetic for one node of 8 x 80 GB, not measurements.
+#   - the same trainer with a tiny random gpt-oss on a CPU and a Hugging Face rollout (`make demo`);
+#   - this script's first step on one H100: vLLM 0.25.1, a tiny random gpt-oss in bf16, packed rows. Probabilities of
+#     trainer and engine differ by 1.8e-3 on average; with eager and padded rows by 2.1e-3;
+#   - three steps of the same trainer with vLLM 0.25.1 and a small random gpt-oss on one H100 (`make gpu-demo`).
+# NOT TESTED:
+#   - a real checkpoint, and these sizes: they are arithmetic for one node of 8 x 80 GB, not measurements;
+#   - verl on more than one GPU, with or without Ulysses;
+#   - CUDA graphs of the engine (the steps above had rollout.enforce_eager=True);
+#   - SGLang.
 #
 # Before the first run:
-#   pip install ".[verl]" "vllm==0.25.1" from this repository, on every node; triton-attention-sink doctor
+#   On every node, from this repository: pip install ".[verl]" "vllm==0.25.1", then triton-attention-sink doctor.
 #     (verl 0.9.1 pins vLLM 0.24.0, which cannot load gpt-oss in bf16: KeyError 'layers.0.mlp.experts.w2_weight')
-#   Without flash-attn verl takes log-probs token by token, seconds a step: "Log-probs token by token" in
+#   Without flash-attn, verl takes log-probs token by token and loses seconds a step. "Log-probs token by token" in
 #   CLEAN_USAGE_GUIDE.md says what to install.
-#   Convert the MXFP4 checkpoint once, as FSDP trains, and hands to the rollout engine, ordinary bf16 weights:
+#   Convert the MXFP4 checkpoint once: FSDP trains bf16 weights and hands them to the rollout engine.
 #     python3 - <<'PY'
 #     from transformers import AutoModelForCausalLM, AutoTokenizer, Mxfp4Config
 #     model = AutoModelForCausalLM.from_pretrained(
@@ -49,7 +50,7 @@ ARGS=(
   "data.val_files='$VAL'"                                          # likewise
 
   # Actor
-  "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=$SP"  # 1: whole rows; README.md says what of more is served
+  "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=$SP"  # 1 = no sharing of rows; more: "6. Sequence parallelism" of the guide
   "actor_rollout_ref.actor.optim.lr=1e-6"                          # verl's default
   "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384"        # tokens of a packed row; at least prompt + response
 
@@ -60,7 +61,7 @@ ARGS=(
   "actor_rollout_ref.rollout.max_num_batched_tokens=16384"         # tokens that the engine computes at a time
 
   # Trainer
-  "trainer.n_gpus_per_node=$GPUS"                                  # of this machine
+  "trainer.n_gpus_per_node=$GPUS"                                  # GPUs per node
   "trainer.nnodes=$NODES"                                          # with Ray started on all of them
   "trainer.total_epochs=1"                                         # over train_files
   "trainer.val_before_train=False"                                 # start at once

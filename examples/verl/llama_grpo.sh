@@ -1,21 +1,24 @@
 #!/usr/bin/env bash
 # GRPO on a Llama (or any model without sinks) with this attention: FSDP2, packed rows, vLLM or SGLang. verl 0.9.1.
-# Starts from my_ppo_llama.yaml, which holds the attention and the algorithm, and adds the machine and the sizes.
+# my_ppo_llama.yaml holds the attention and the algorithm; this script adds the machine and the sizes.
 #
-# Worth it where one attention should serve sink models and others alike, or where no FlashAttention wheel fits; without
-# sinks flash_attention_2 is as exact.
+# Use it to have one attention for models with and without sinks, or if no FlashAttention wheel fits. Without sinks
+# flash_attention_2 is as exact.
 #
-# WHAT WE RAN of this:
+# TESTED:
 #   - verl's configuration accepts every key, for 1, 2, 4 and 8 GPUs (tests/test_recipes.py);
-#   - verl's actor worker on a tiny random Llama on a CPU (tests/test_verl.py).
-# WHAT WE DID NOT RUN:
-#   - this script on a GPU; more than one GPU; Ulysses on GPUs;
-#   - vLLM, SGLang;
-#   - a real checkpoint, and these sizes: they are arithmetic for one node of 8 x 80 GB, not measurements.
+#   - verl's actor worker with a tiny random Llama on a CPU (tests/test_verl.py);
+#   - three steps of the same trainer with vLLM 0.25.1 and a small random Llama on one H100 (`make gpu-demo`).
+# NOT TESTED:
+#   - this script on a GPU: a real checkpoint, and these sizes. They are arithmetic for one node of 8 x 80 GB, not
+#     measurements;
+#   - verl on more than one GPU, with or without Ulysses;
+#   - CUDA graphs of the engine (the steps above had rollout.enforce_eager=True);
+#   - SGLang.
 #
 # Before the first run:
-#   pip install ".[verl]" "vllm==0.25.1" from this repository, on every node; triton-attention-sink doctor
-#   Without flash-attn verl takes log-probs token by token, seconds a step: "Log-probs token by token" in
+#   On every node, from this repository: pip install ".[verl]" "vllm==0.25.1", then triton-attention-sink doctor.
+#   Without flash-attn, verl takes log-probs token by token and loses seconds a step. "Log-probs token by token" in
 #   CLEAN_USAGE_GUIDE.md says what to install, or what to set for a Llama with tied embeddings.
 #   triton-attention-sink verify --model meta-llama/Llama-3.1-8B-Instruct --layers 8 --dtype bf16
 #
@@ -38,7 +41,7 @@ ARGS=(
   "data.val_files='$VAL'"                                          # likewise
 
   # Actor and reference
-  "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=$SP"  # 1: whole rows; README.md says what of more is served
+  "actor_rollout_ref.actor.fsdp_config.ulysses_sequence_parallel_size=$SP"  # 1 = no sharing of rows; more: "6. Sequence parallelism" of the guide
   "actor_rollout_ref.ref.fsdp_config.ulysses_sequence_parallel_size=$SP"    # of the reference
   "actor_rollout_ref.actor.optim.lr=1e-6"                          # verl's default
   "actor_rollout_ref.actor.ppo_max_token_len_per_gpu=16384"        # tokens of a packed row; at least prompt + response
@@ -48,7 +51,7 @@ ARGS=(
   "actor_rollout_ref.rollout.gpu_memory_utilization=0.5"           # the share of a GPU for weights and cache
 
   # Trainer
-  "trainer.n_gpus_per_node=$GPUS"                                  # of this machine
+  "trainer.n_gpus_per_node=$GPUS"                                  # GPUs per node
   "trainer.nnodes=$NODES"                                          # with Ray started on all of them
   "trainer.total_epochs=1"                                         # over train_files
   "trainer.val_before_train=False"                                 # start at once
