@@ -104,8 +104,8 @@ class HuggingFaceWorker:
         return log_probs.detach()
 
     def packing(self, batch: Batch) -> dict:
-        """transformers' keywords for packed rows. From position_ids it makes the longest length a tensor, which
-        flash-attn-4 refuses."""
+        """transformers' keywords for packed rows. transformers itself derives the longest length from position_ids as a
+        tensor, which flash-attn-4 refuses."""
         lengths = torch.tensor([0, *map(len, batch.ids)])
         ends, longest = lengths.cumsum(0).int().to(DEVICE), int(lengths.max())
         return {"cu_seq_lens_q": ends, "cu_seq_lens_k": ends, "max_length_q": longest, "max_length_k": longest}

@@ -1,19 +1,19 @@
-"""What the way through Hugging Face costs: the attention function as a model calls it, against ``attention_sink``.
+"""What the route through Hugging Face costs: the attention function as a model calls it, against ``attention_sink``.
 
     python benchmarks/hf_route.py --output OUT            # OUT/hf_route.json
     python benchmarks/hf_route.py --output OUT --smoke    # tiny, on a CPU
 
-Packed rows, of which the model says no more than ``position_ids`` that restart, bf16, sinks. Three ways:
+Packed rows in bf16 with sinks. The model passes only ``position_ids`` that restart. Three ways:
 
-* ``attention_sink``: the true ``cu_seqlens``, N + 1 entries. The yardstick.
-* ``layer``: ``attention_forward`` with the mask that transformers' mask function gave for this forward, which another
-  layer has used before, as all layers but the first find it.
+* ``attention_sink``: with the true ``cu_seqlens``, N + 1 entries. The baseline.
+* ``layer``: ``attention_forward`` with the mask of transformers' mask function. Another layer has used that mask
+  before, as in all layers but a model's first.
 * ``alone``: a single ``attention_forward`` without a mask.
 
-All are checked against fp64 first, then timed in turns in one run, each call's device time by itself, forward and
-backward. A ratio is the median over the turns of one turn's medians. ``forward of a model``: the mask function once and
-``--layers`` layers, from the host's first call until the device is done, against as many calls of ``attention_sink``.
-Status 1 if a way is wrong; a ratio above 1.03 is a result, not a failure.
+All are checked against fp64, then timed in turns in one run: device time of each call, forward and backward. A turn's
+ratio is that of its medians; the result is the median over the turns. ``forward of a model`` is wall time: the mask
+function and ``--layers`` layers, until the device is done, against as many calls of ``attention_sink``. Status 1 if a
+way is wrong; a ratio above 1.03 is a result, not a failure.
 """
 
 from __future__ import annotations

@@ -6,18 +6,17 @@
                                                                # spends seconds on log-probs, token by token
     python benchmarks/long_context.py --output OUT --extra-path FOLDER   # FlashAttention-4 (flash-attn-4) from there
 
-A random gpt-oss with the attention of the real one (64/8 heads of 64, window 128 in every other layer, sinks from -10
-to 20) and small experts, so that attention is most of the work. Every token goes to every expert: no routing can flip.
-A micro-batch is one row of packed samples of uneven lengths, position_ids restarting, no mask; the loss is a weighted
-sum of log-probs; bf16, activation checkpointing. The worker is verl's (``TrainingWorker``, FSDP2 on one rank) or a
-Hugging Face model with bf16 parameters under autocast, which is what FSDP2 hands to the layers.
+The model is a random gpt-oss with the real one's attention (64/8 heads of 64, window 128 in every other layer, sinks
+from -10 to 20). Its experts are small, so that attention is most of the work, and every token goes to every expert, so
+that no routing can flip. A micro-batch is one row of packed samples of uneven lengths: position_ids restart, and there
+is no mask. The loss is a weighted sum of log-probs. bf16, activation checkpointing. The worker is verl's
+(``TrainingWorker``, FSDP2 on one rank) or a Hugging Face model with bf16 parameters under autocast, as FSDP2 runs it.
 
-Each implementation gets: the errors of its log-probs and gradients against fp32 eager, one sample at a time; the time
-of a step; its peak memory; and the longest single sample that fits. Eager and FlexAttention get a mask that cuts the
-samples, which gpt-oss in transformers does not give them: without it they are fast and wrong. FlashAttention-4 is
-``attn_implementation: flash_attention_4`` with the keywords for packed rows, left out where flash-attn-4 is not there.
-The yardstick is eager by the same worker, one sample and one key head at a time. What fails is recorded as such, and
-the run goes on.
+Measured for each implementation: the errors of its log-probs and gradients, the time of a step, peak memory, and the
+longest single sample that fits. Errors are against eager in fp32 in the same worker, one sample and one key head at a
+time. Eager and FlexAttention get a mask that cuts the samples. gpt-oss in transformers does not give them one, and
+without it they are fast and wrong. FlashAttention-4 is ``attn_implementation: flash_attention_4`` with the keywords for
+packed rows; it is left out if flash-attn-4 is not installed. A failure is recorded, and the run goes on.
 """
 
 from __future__ import annotations
@@ -92,7 +91,7 @@ def synchronize() -> None:
 
 
 def forget() -> None:
-    """Give back what a step, or one that ran out of memory, left on the device."""
+    """Free what a step left on the device, also one that ran out of memory."""
     packed_peers.forget()
     gc.collect()
     if DEVICE == "cuda":

@@ -1,8 +1,8 @@
 """Other attentions that are right for packed gpt-oss rows, each as a function that transformers calls for every layer.
 
-transformers' own eager and FlexAttention code, given what gpt-oss in transformers does not give it: a mask that cuts
-the samples, made from ``position_ids`` once per forward. FlashAttention-4 is transformers' own too and needs no mask:
-it takes the samples' ends from the keywords for packed rows. Nothing here uses this package.
+Eager and FlexAttention are transformers' own code plus a mask that cuts the samples, made from ``position_ids`` once
+per forward; gpt-oss in transformers gives them none. FlashAttention-4 is transformers' own too. It needs no mask,
+because it takes the samples' ends from the keywords for packed rows. Nothing here uses this package.
 """
 
 from __future__ import annotations

@@ -1,17 +1,16 @@
-"""Random calls of ``attention_sink`` over all that it takes, each against fp64, forward and gradients.
+"""Random calls of ``attention_sink`` over all its arguments, each against fp64, forward and gradients.
 
     python benchmarks/random_calls.py --output OUT              # 4,000 calls on a GPU, OUT/random_calls.json
     python benchmarks/random_calls.py --output OUT --smoke      # a few small ones; on a CPU kernels are interpreted
     python benchmarks/random_calls.py --seed 0 --only 17:3      # one call again, of structure 17 the third
 
-A structure is what kernels are compiled for: head dimensions, heads, dtype, kind of mask, layout, which gradients.
-``--values`` calls of each differ in lengths, windows, sinks and data. A structure and a call depend on the seed and
-their numbers alone. Structures are shared out among ``--workers`` processes, which share the compiler's cache; one that
-crashes or hangs is replaced.
+A structure is what kernels are compiled for: head dimensions, heads, dtype, kind of mask, layout, which gradients. Its
+``--values`` calls differ in lengths, windows, sinks and data. A structure and a call depend only on the seed and their
+numbers. ``--workers`` processes share the structures and the compiler's cache; one that crashes or hangs is replaced.
 
-A call fails if it raises (a ValueError or TypeError is a refusal, counted but no check), if an output is wrong by
-``tests/budget.py``, or if an equal call gives other bits where that is promised. ``beyond_strict`` counts the outputs
-that keep the wide budget for random calls but not the one for chosen cases. Status 1 if one failed.
+A call fails if it raises, if an output exceeds its budget (``tests/budget.py``), or if it should repeat bit for bit and
+does not. A ValueError or TypeError is a refusal: it is counted, but it checks nothing. ``beyond_strict`` counts outputs
+that exceed the budget for chosen cases and keep the wider one for random calls. Status 1 if a call failed.
 """
 
 from __future__ import annotations
@@ -53,7 +52,7 @@ ELEMENTS = 2**24  # scores of one call, at most, so that fp64 fits beside eleven
 
 @dataclass(frozen=True)
 class Structure:
-    """``case``: all but lengths and the window's size. The rest is what a ``Case`` does not say."""
+    """``case`` has everything but lengths and the window's size. The other fields are what a ``Case`` cannot hold."""
 
     case: Case
     packed: str | None  # "alike", "T + 1" (entries as many as tokens), "cross" (keys cut otherwise), None
@@ -190,7 +189,7 @@ def run(form: Structure, case: Case, inputs: Inputs, implementation: str) -> dic
 
 
 def served_by(form: Structure, case: Case, inputs: Inputs) -> str:
-    """The implementation that is asked for, where it supports the call, else the one that "auto" takes."""
+    """The requested implementation if it supports the call, else the one that "auto" takes."""
     mask = inputs.mask
     q, k, v = ((x.squeeze(0) if mask.packed else x) for x in (inputs.q, inputs.k, inputs.v))
     said = explain(
@@ -232,7 +231,7 @@ def one(seed: int, index: int, number: int, smoke: bool) -> dict:
 
 
 def _raised_by_us(error: Exception) -> bool:
-    """Whether this package refused the call, rather than that something below it broke."""
+    """Whether this package refused the call; else something below it broke."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return Path(frame.f_code.co_filename).resolve().is_relative_to(ROOT / "triton_attention_sink_hf")
 

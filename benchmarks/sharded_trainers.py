@@ -1,7 +1,7 @@
 """Three ways to the log-probs and gradients of the same batch: one device, FSDP2 with Ulysses, and verl's actor worker.
 
-A batch is a list of rows, a row a list of samples that are packed. Without sequence parallelism each rank takes every
-n-th row; with it all ranks share each row, one row after the other. All of them recompute activations.
+A batch is a list of rows; a row is a list of samples to pack. Without sequence parallelism each of n ranks takes every
+n-th row. With it all ranks share each row, one row after the other. All three ways recompute activations.
 """
 
 from __future__ import annotations

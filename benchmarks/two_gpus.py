@@ -1,4 +1,4 @@
-"""Ulysses on two GPUs: is it right, what does it cost, how much longer may a sample be?
+"""Ulysses on two GPUs: is it right, what does it cost, and how much longer may a sample be?
 
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py            # outputs/two_gpus.json
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --smoke    # tiny, also on a CPU; writes nothing unless --out

@@ -1,17 +1,17 @@
 """How wrong a kernel may be: at most 1.5 times an fp32-accumulating eager computation, plus one rounding.
 
-``oracle`` computes in fp64, ``eager`` in fp32 from the same rounded inputs, rounding to the input dtype exactly what a
-kernel must round to feed its matrix products (P before P v and P^T dout, dS before dS k and dS^T q), computing P anew
-for the backward, and taking the delta of dS from the rounded out. ``measure`` compares the errors of both. The
-contract's budget holds for the norm of an output over all heads; a second, wider one holds head by head, since sinks
-from -10 to 20 make some heads' values so small that no norm over all heads would show them to be wrong.
+``oracle`` computes in fp64. ``eager`` computes in fp32 from the same rounded inputs. It rounds to the input dtype what
+a kernel must round to feed its matrix products: P before P v and P^T dout, dS before dS k and dS^T q. Like a kernel, it
+recomputes P in the backward and takes the delta of dS from the rounded out. ``measure`` compares the errors of both.
+The contract's budget holds for the norm of an output over all heads. A second, wider budget holds head by head: with
+sinks from -10 to 20 some heads' values are so small that a norm over all heads would not show an error in them.
 
-One eager computation is one draw. Where an output is a handful of numbers (the dsink of two heads, one row's lse), or
-where a few rows make up most of its error, that draw may be small by luck, and which it is hangs on the order in which
-a CPU's BLAS adds up. So ``eager`` computes the same in ``DRAWS`` ways: features and keys in another order, exponents in
-another base (as kernels take 2), what is rounded scaled by another factor. Its error is the root mean square over them.
-The kernel is one draw too: it may lie ``DEVIATIONS`` standard deviations, as seen in the draws, above that. With a
-hundred independent numbers or more these are small, and 1.5 times decides.
+One eager computation is one draw. Its error may be small by luck if an output is a handful of numbers (the dsink of two
+heads, one row's lse), or if a few rows make up most of the error; the summation order of a CPU's BLAS decides. So
+``eager`` computes the same in ``DRAWS`` ways: features and keys in another order, exponents in another base (kernels
+use 2), rounded values scaled by another factor. Its error is the root mean square over the draws. The kernel is one
+draw too: it may lie ``DEVIATIONS`` standard deviations of the draws above that. With a hundred independent numbers or
+more these are small, and the factor of 1.5 decides.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from triton_attention_sink_hf.reference import reference_attention
 FACTOR = 1.5
 # Within a head errors are not independent (all rows share the rounding of one sink), so a head may be unlucky.
 HEAD_FACTOR = 6.0
-# Sixteen draws tell a standard deviation only roughly. A right error that is one normal number is above ten of those
-# once in 100,000 times, one that is the norm of two or more once in 1,000,000; a run of the suite makes 5,000
-# comparisons, few of them over so few numbers. (Above six: once in 2,000 and in 7,000.)
+# Sixteen draws give only a rough standard deviation. The error of a correct kernel exceeds ten of them once in 100,000
+# times if it is a single normal number, and once in 1,000,000 if it is the norm of two or more (six of them: once in
+# 2,000 and in 7,000). A run of the suite makes 5,000 comparisons, few of them over so few numbers.
 DRAWS, DEVIATIONS = 16, 10.0
 HEAD_AXIS = {"out": 2, "lse": 1, "dq": 2, "dk": 2, "dv": 2, "dsink": 0}
 
@@ -59,7 +59,7 @@ class Row:
 
     @property
     def allowed_at_random(self) -> float:
-        """For calls that nobody chose, whose outputs may be few numbers: finds wrong kernels, not inexact ones."""
+        """For random calls, whose outputs may be few numbers: finds wrong kernels, not inexact ones."""
         return 10 * self.eager_error + self.rounding + 2**-21 * self.size
 
     def __str__(self) -> str:

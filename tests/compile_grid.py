@@ -1,7 +1,8 @@
 """Shared memory of every kernel over all head dimensions: ``python compile_grid.py TARGET [PART OF]``.
 
-As ``compile_target.py``, but compiled only as far as Triton allocates shared memory, which takes a part of the time.
-Prints one JSON object per line: kernel, case, shared memory in bytes. PART OF (two numbers) takes every OF-th case.
+As ``compile_target.py``, but compilation stops when Triton has allocated shared memory, which saves most of the time.
+Prints one JSON object per line: kernel, case, shared memory in bytes. With the numbers PART and OF it takes every OF-th
+case, from case PART on.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import sys
 import tempfile
 from itertools import product
 
-os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # what is compiled here is no kernel that anybody could run
+os.environ["TRITON_CACHE_DIR"] = tempfile.mkdtemp()  # nobody can run what is compiled here
 
 import torch
 from cases import Case

@@ -1,9 +1,9 @@
 """Compile the kernels for one architecture on a machine without it: ``python compile_target.py TARGET [CASE...]``.
 
-The launchers themselves run, on tensors without memory, with Triton's driver replaced by one that names the target and
-with every launch turned into a compilation. So the arguments, their specialisation and the configs are the real ones.
-Prints one JSON object per line: kernel, case, shared memory in bytes, spilled registers (CUDA: stack bytes per thread),
-reads of unwritten registers (``sass.py``; Hopper only).
+The launchers themselves run, on tensors without memory. A stand-in for Triton's driver names the target, and every
+launch only compiles. So the arguments, their specialisation and the configs are the real ones. Prints one JSON object
+per line: kernel, case, shared memory in bytes, spilled registers (CUDA: stack bytes per thread), reads of unwritten
+registers (``sass.py``; Hopper only).
 """
 
 from __future__ import annotations

@@ -34,7 +34,7 @@ def fixed_seed():
 
 @pytest.fixture(autouse=True)
 def memory_given_back():
-    """Processes that test side by side share the card: none keeps in its cache what a test no longer needs."""
+    """Test processes share the card, so each frees its cached memory after a test."""
     yield
     if GPU:
         torch.cuda.empty_cache()

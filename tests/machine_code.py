@@ -3,8 +3,8 @@
 ``python machine_code.py write CHECKOUT FILE [TARGET] [CASE...]`` compiles the kernels of CHECKOUT and writes their
 hashes. ``python machine_code.py compare BEFORE AFTER`` names the kernels that differ and exits 1 if any does.
 
-A hash covers the instructions and the shared memory of a kernel, not its name nor its lines: kernels may be renamed and
-moved. Kernels are compared case by case, in the order in which the launchers launch them.
+A hash covers a kernel's instructions and shared memory, but neither its name nor its line numbers: kernels may be
+renamed and moved. Kernels are compared case by case, in launch order.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Fresh Python processes, for what must be seen before anything is imported or must not share this process."""
+"""Fresh Python processes, for tests of what an import does and for code that must not share this process."""
 
 import os
 import socket

@@ -126,7 +126,7 @@ def tensor_choices(dtypes) -> list:
 
 
 def same_key_same_kernel():
-    """Two calls that Triton would tell apart never share a kernel, and those that it would not, are launched again."""
+    """Calls share a remembered launch if Triton would give them the same kernel, and only then."""
     constants = {"n": 16, "stride": 1, "scale": 0.5, "WIDTH": 16}
     again = Launch(_kernel, (1,), **constants)
     kernels: dict = {}

@@ -1,9 +1,9 @@
 """What ptxas made of a kernel: uniform registers that some path reads and never wrote.
 
-Warpgroup products find their operands in shared memory by descriptors in uniform registers. Triton 3.6's ptxas takes a
-descriptor that it computed in one loop or branch for an equal one in the next, also where the first may be skipped
-(``opaque_zero`` of the Hopper kernels gets around it). The result is silently wrong, and only for lengths that skip the
-first loop, so that running a kernel may not show it. Every path through its instructions does.
+wgmma finds its operands in shared memory by descriptors in uniform registers. Triton 3.6's ptxas reuses a descriptor
+from an earlier loop or branch, even one that may be skipped (``opaque_zero`` of the Hopper kernels prevents it). The
+result is silently wrong, but only for lengths that skip the first loop, so running a kernel may not show it. Following
+every path through its instructions does.
 """
 
 from __future__ import annotations

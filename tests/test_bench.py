@@ -1,4 +1,4 @@
-"""What the benchmark says of measured rows: ratios to the best peer, floors, the table, an interrupted run, plots."""
+"""What the benchmark makes of measured rows: ratios to the best peer, floors, the table, interrupted runs, plots."""
 
 import json
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""The error budget: no right computation exceeds it by luck; what is wrong does, also where there are few numbers."""
+"""The error budget: no correct computation exceeds it by chance; every wrong one does, even with few numbers."""
 
 import pytest
 import torch

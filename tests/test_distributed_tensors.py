@@ -1,4 +1,4 @@
-"""Subclasses of tensors that torch.distributed makes, as one of the arguments: waited for, or named."""
+"""Arguments that are tensor subclasses of torch.distributed: attention waits for them, or names them in an error."""
 
 import pytest
 import torch
@@ -41,7 +41,7 @@ def test_what_is_still_being_gathered_is_waited_for(name, implementation):
 @pytest.mark.parametrize("name", ["q", "k", "v", "sinks"])
 @pytest.mark.parametrize("placement", ["Replicate", "Shard"])
 def test_dtensors_are_named(placement, name, implementation):
-    """What gradient a rank owes the others is not for attention to guess."""
+    """Attention cannot know which gradient a rank owes the others."""
     from torch.distributed import tensor
     from torch.distributed.device_mesh import init_device_mesh
 

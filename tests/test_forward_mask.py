@@ -1,4 +1,4 @@
-"""What the mask function hands to the layers: what it says, how long it is remembered, what other code sees of it."""
+"""What the mask function hands to the layers: its contents, its lifetime, and what other code sees of it."""
 
 import gc
 import threading

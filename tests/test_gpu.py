@@ -86,7 +86,7 @@ def test_exactness(name, dtype):
 @pytest.mark.parametrize("head_dim", [64, 128, 256, (192, 128)])
 @pytest.mark.parametrize("mask", ["causal", "window", "bidirectional", "more keys", "packed", "packed window"])
 def test_random_lengths(mask, head_dim):
-    """Tiles that end anywhere, of which a warpgroup's share may be empty or wholly hidden."""
+    """Tiles that end anywhere. A warpgroup's share of one may be empty or wholly hidden."""
     pick = random.Random(f"{mask} {head_dim}")
     for seed in range(10):
         lengths = tuple(
@@ -159,7 +159,7 @@ SINK_CASES = {
 @pytest.mark.parametrize("sink_dtype", [FP32, BF16], ids=["fp32", "bf16"])
 @pytest.mark.parametrize("name", SINK_CASES)
 def test_sinks_far_below(name, sink_dtype):
-    """As good as none, as people write "off": their gradient is 0. Rows that see no key have them as lse, exactly."""
+    """Very low sinks, as people write "off", act as none: their gradient is 0. Rows without a key have lse = sink."""
     case = replace(SINK_CASES[name], heads=(16, 2), dtype=BF16, sink_dtype=sink_dtype)
     inputs = make_inputs(case, "cuda")
     unseeing = ~inputs.mask.dense(case.seqlen_q, inputs.k.shape[1], inputs.k.device)[0].any(1)
@@ -182,7 +182,7 @@ def test_sinks_far_below(name, sink_dtype):
 @pytest.mark.parametrize("group", [4, 8, 16])
 @pytest.mark.parametrize("packed", [False, True], ids=["dense", "packed"])
 def test_window_backward_in_one_kernel(packed, group, monkeypatch):
-    """Chunks, tiles and segments that end anywhere; sizes that it leaves to two kernels for the sake of speed, too."""
+    """Chunks, tiles and segments that end anywhere, and sizes for which two kernels are faster."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is Hopper's")
     from triton_attention_sink_hf.implementations.triton_hopper import backward_window
@@ -287,7 +287,7 @@ def test_no_host_synchronisation(implementation):
 
 @contextmanager
 def synchronisations():
-    """The Python stacks of what waits for the device inside, a list that fills up."""
+    """Collects the Python stack of everything inside that waits for the device, in a list."""
     stacks = []
 
     def seen(message, *_args, **_kwargs):
@@ -324,7 +324,7 @@ def deep_model(request):
 @pytest.mark.parametrize("backward", [False, True], ids=["forward", "backward"])
 @pytest.mark.parametrize("row", ["unpacked", "one sample", "packed", "padded", "not padded"])
 def test_layers_never_wait_for_the_device(deep_model, row, backward):
-    """And the mask function waits once a forward at most; what transformers itself waits for is not ours."""
+    """The mask function waits at most once per forward. Waits of transformers itself do not count."""
     S = 640
 
     def inputs():
@@ -355,7 +355,7 @@ def test_layers_never_wait_for_the_device(deep_model, row, backward):
 
 
 def test_what_waits_for_the_device_is_seen():
-    """The counting itself: forward, in a function of ours, and in the backward's thread."""
+    """Tests the counting: in the forward, in a function of ours, and in the backward's thread."""
 
     class Waits(torch.autograd.Function):
         @staticmethod
@@ -403,7 +403,7 @@ def _skip_unless_served(case: Case, implementation: str) -> None:
 
 
 def _assert_repeated(value, expected, implementation: str, name: str) -> None:
-    """Bit for bit, but for dq of the Hopper kernels, which is added up in no fixed order."""
+    """Bit for bit, except dq of the Hopper kernels, which is summed in no fixed order."""
     if (implementation, name) == ("triton_hopper", "dq"):
         difference = torch.linalg.vector_norm(value.float() - expected.float())
         assert difference < 2**-8 * torch.linalg.vector_norm(expected.float())
@@ -499,7 +499,7 @@ def test_auto_takes_a_kernel_on_a_gpu():
 
 @pytest.mark.parametrize("head_dim", [64, (192, 128)])
 def test_deterministic_gradients_are_bit_exact(head_dim):
-    """What adds up dq in no fixed order is left out, and refused where it is asked for by name."""
+    """Kernels that sum dq in no fixed order do not serve the call, and are refused if named."""
     case = Case(2048, dtype=BF16, lengths_q=(1500, 548), heads=(64, 8), head_dim=head_dim)
     inputs = make_inputs(case, "cuda")
     first, second = (run(case, inputs, "auto", deterministic=True) for _ in range(2))

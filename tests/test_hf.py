@@ -214,7 +214,7 @@ def test_rows_packed_and_padded_differently_in_one_batch():
 
 @pytest.mark.parametrize("name", ["gpt_oss", "llama"])
 def test_padding_between_the_tokens_of_a_sample(name):
-    """What nobody sees is hidden, and both sides of it still see each other."""
+    """Padding between tokens is hidden, and the tokens on both sides still see each other."""
     eager, ours, _ = make_pair(name, torch.float32)
     x, mask = tokens(2, 13), torch.ones(2, 13, dtype=torch.long)
     mask[0, 4:6] = mask[1, 0] = mask[1, 9] = 0
@@ -571,7 +571,7 @@ def test_keywords_that_do_not_matter_are_ignored():
 
 
 def test_multimodal_rotary_positions():
-    """Four rows begin with the text's, which cut. Three cannot tell samples from images: refused where they fall."""
+    """Of four rows the first is the text's, which cuts. Three cannot tell samples from images: refused if they fall."""
     q = heads()
     expected, _ = attention_forward(layer(), q, q, q, None)
     image = torch.tensor([0, 1, 2, 2, 2, 2, 4, 5]).expand(3, 2, 8)

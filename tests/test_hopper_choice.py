@@ -1,4 +1,4 @@
-"""When the Hopper kernels serve a call, and what serves it when they cannot. The card is pretended; nothing runs."""
+"""When the Hopper kernels serve a call, and what serves it when they cannot. The card is a pretence; nothing runs."""
 
 import importlib
 import sys
@@ -66,7 +66,7 @@ def test_what_it_does_not_serve(hopper_card, changes, reason):
 
 @pytest.mark.parametrize("dims", [(36, 64), (64, 36), (100, 100), (33, 33)], ids=str)
 def test_head_dimensions_that_are_no_multiple_of_8(hopper_card, dims):
-    """Also where q, k and v are parts of wider rows, which could be addressed: out and the gradients are not."""
+    """Also if q, k and v are slices of wider rows, which TMA could address: it cannot address out and the gradients."""
     call = _call()
     q, k, v = (torch.zeros(1, 512, 4, 128, dtype=BF16)[..., :size] for size in (dims[0], *dims))
     assert "multiples of 8" in triton_hopper.supports(replace(call, q=q, k=k, v=v))

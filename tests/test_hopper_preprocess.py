@@ -14,7 +14,7 @@ from triton_attention_sink_hf.implementations.triton_hopper.backward_preprocess 
 @pytest.mark.parametrize("sink", [-1e9, -1e10, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
 @pytest.mark.usefixtures("poisoned_empty")
 def test_a_sink_far_below(sink):
-    """It gets nothing of rows that see a key, and what comes back through lse of rows that see none."""
+    """Rows that see a key give it nothing; rows that see none give it their dlse."""
     inputs = make_inputs(Case(150, heads=(2, 1), head_dim=16, dlse=True))
     sinks = torch.tensor([sink, 1.0])
     problem = Problem(Call(inputs.q, inputs.k, inputs.v, sinks, inputs.mask, 0.25, 0.0, False))

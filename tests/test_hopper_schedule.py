@@ -1,4 +1,4 @@
-"""The tiles of packed rows that the Hopper kernels follow, and which scores they hide: interpreted, against loops."""
+"""The Hopper kernels' tiles of packed rows, and which scores they hide: interpreted, against plain loops."""
 
 import random
 from itertools import pairwise
@@ -77,7 +77,7 @@ MASKS = {"causal": (-1, 0), "bidirectional": (-1, -1), "window": (70, 0), "both 
 @pytest.mark.parametrize("mask", MASKS)
 @pytest.mark.parametrize("cross", [False, True], ids=["self", "cross"])
 def test_what_programs_hide(mask, cross):
-    """The scores that are left by block and warpgroup are those that the mask shows, each once, in shared tiles too."""
+    """Blocks and warpgroups compute exactly the scores that the mask shows, each once, also in shared tiles."""
     pick = random.Random(f"{mask} {cross}")
     for _ in range(6):
         lengths_q, lengths_k = (

@@ -1,4 +1,4 @@
-"""Imports point down only, cost nothing that was not asked for, and survive what is not installed. Fresh processes."""
+"""Imports point down only, load nothing unneeded, and survive missing packages. In fresh processes."""
 
 import ast
 from pathlib import Path

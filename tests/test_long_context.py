@@ -1,4 +1,4 @@
-"""benchmarks/long_context.py at toy size: it measures what it says, and its peers are what they are named after."""
+"""benchmarks/long_context.py at toy size: it measures what it says, and its peers are what their names say."""
 
 import json
 import sys

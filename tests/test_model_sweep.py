@@ -1,4 +1,4 @@
-"""The committed tables of ``model_sweep.py`` hold: a sample of every kind in each run, all classes where asked for."""
+"""The committed tables of ``model_sweep.py`` hold. Each run checks a sample of every kind; all classes on request."""
 
 import json
 import os

@@ -154,7 +154,7 @@ def test_compile_with_dynamic_shapes():
 
 @pytest.mark.parametrize("packed", [False, True])
 def test_graphs_know_no_thresholds(packed, monkeypatch):
-    """Which kernel is the fastest for a length is decided when the length is there: one graph for all."""
+    """The fastest kernel for a length is chosen at run time, so one graph serves all lengths."""
     torch.compiler.reset()
     graphs, taken = [], []
 
@@ -404,7 +404,7 @@ def test_auto_on_a_cpu_is_the_reference():
 
 
 def test_functorch():
-    """A tensor that has left a transform may have no address; inside of one kernels are refused, whatever they get."""
+    """Inside a transform kernels are refused, whatever their arguments; a tensor that left one may have no address."""
     q, k, v, sinks = _leaves(make_inputs(Case(8)))
     left = []
     torch.func.grad(lambda x: left.append(x) or x.sum())(q.detach())
@@ -467,7 +467,7 @@ def test_outputs_are_contiguous(implementation, heads, packed, layout):
 
 
 def test_auto_says_loudly_that_a_gpu_gets_the_reference(monkeypatch):
-    """Once for each reason, also where torch.compile traces; on a CPU it is what everybody expects."""
+    """The warning comes once per reason, also under torch.compile; on a CPU there is none."""
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     monkeypatch.setattr(interface, "_WARNED", set())

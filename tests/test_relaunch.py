@@ -1,7 +1,7 @@
-"""Launches around Triton's argument handling: the same kernel and the same arguments as through it, or through it.
+"""Launches around Triton's argument handling get the same kernel and arguments as through it; others go through it.
 
-On a CPU, with Triton's driver replaced by one that records launches; in a process without Triton's interpreter. A
-driver that launches nothing cannot tell whether a kernel is right, only whether it would be the same one.
+On a CPU, in a process without Triton's interpreter. A stand-in for Triton's driver records launches and runs none, so
+it shows that a kernel is the same one, not that it is right.
 """
 
 import os

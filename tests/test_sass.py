@@ -1,4 +1,4 @@
-"""The reader of machine code finds a uniform register that one path reads unwritten, and nothing else."""
+"""``sass.py`` finds a uniform register that some path reads before it is written, and nothing else."""
 
 import pytest
 from sass import unwritten

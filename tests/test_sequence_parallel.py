@@ -1,4 +1,4 @@
-"""Ulysses sequence parallelism equals one process, on real ranks; and what would be wrong is refused without any."""
+"""Ulysses on real ranks equals one process; wrong calls are refused before ranks communicate."""
 
 import gc
 import json
@@ -81,7 +81,7 @@ def test_the_benchmark_for_two_gpus_runs_small_on_two_processes(tmp_path):
 
 @pytest.fixture
 def group(monkeypatch):
-    """Four ranks that a call must not get as far as talking to."""
+    """Four ranks; a call must raise before it communicates with them."""
 
     def talk(*_, **__):
         raise AssertionError("a collective was called")
@@ -215,7 +215,7 @@ def test_a_recomputation_in_backward_belongs_to_its_forwards_group(monkeypatch, 
 
 
 def test_a_mask_knows_the_group_of_its_forward(monkeypatch, single_rank):
-    """Whatever has come and gone since: recomputation is given the mask of its forward."""
+    """Recomputation gets the mask of its own forward, whatever ran in between."""
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)
     with sequence_parallel(single_rank):
         sharded = attention_mask(1, 6, 6)

@@ -1,4 +1,4 @@
-"""Bad input raises before a kernel starts, and the message names the argument, what was wanted and what came."""
+"""Bad input raises before a kernel starts; the message names the argument, what it must be, and what it is."""
 
 import re
 

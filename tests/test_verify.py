@@ -1,4 +1,4 @@
-"""``triton-attention-sink verify``: passes for what is right and fails for each of three planted faults."""
+"""``triton-attention-sink verify`` passes if all is right, and fails for each of three planted faults."""
 
 import json
 import shutil

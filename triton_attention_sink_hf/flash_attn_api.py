@@ -64,7 +64,7 @@ def flash_attn_varlen_func(
 ) -> Tensor:
     """Packed rows q (Tq, Hq, D), k (Tk, Hkv, D), v (Tk, Hkv, Dv) with int32 cu_seqlens (N + 1,): out (Tq, Hq, Dv).
 
-    ``max_seqlen_*`` are accepted; nothing needs them. Raises as ``flash_attn_func``, and for a block_table.
+    ``max_seqlen_*`` are accepted but not needed. Raises as ``flash_attn_func``, and for a block_table.
     """
     _refuse(
         dropout_p=(dropout_p, 0.0), alibi_slopes=(alibi_slopes, None),
@@ -107,7 +107,7 @@ def flash_attn_with_kvcache(
 
     Args:
         cache_seqlens: keys in use before the call: int32 (B,), or an int for all rows. None = all Sc (without k, v).
-        rotary_interleaved, num_splits: accepted; they concern a rotary embedding, which is refused, and speed.
+        rotary_interleaved, num_splits: accepted without effect; rotary embeddings are refused.
 
     Returns:
         out (B, Sq, Hq, Dv); or (out, lse (B, Hq, Sq)) if ``return_softmax_lse``.
@@ -137,7 +137,7 @@ def flash_attn_with_kvcache(
 
 
 def _ints(window_size) -> object:
-    """window_size as ints, from what flash-attn's bindings take: any sequence, a tensor or an array, numpy's ints."""
+    """window_size as a tuple of ints. flash-attn's bindings take any sequence, tensor or array, and numpy's ints."""
     if hasattr(window_size, "tolist"):
         window_size = window_size.tolist()
     if not isinstance(window_size, (tuple, list)):
@@ -166,7 +166,7 @@ def _append(k_cache: Tensor, v_cache: Tensor, k: Tensor, v: Tensor, cache_seqlen
 
 
 def _refuse(**arguments: tuple[object, object]) -> None:
-    """Raise for the first argument, given as name=(value, the only value that is supported), that has another."""
+    """Raise for the first argument with an unsupported value. Each is name=(value, the only supported value)."""
     for name, (value, supported) in arguments.items():
         if value is supported or (not isinstance(value, Tensor) and value == supported):
             continue

@@ -6,8 +6,8 @@ import sys
 from pathlib import Path
 
 PACKAGE = Path(__file__).absolute().parent
-# sys is built in, so nothing is searched for before the path is ours. The package is taken by its place, whatever
-# the path says: an editable install, a checkout or a copy beside an installed one.
+# sys is built in, so importing it searches no path. The package is loaded from its own folder, whatever sys.path says:
+# it may be an editable install, a checkout, or a copy beside an installed one.
 START = """
 import sys
 sys.path[:] = {path!r}
@@ -22,8 +22,8 @@ runpy.run_module({module!r}, run_name="__main__", alter_sys=True)
 def module_command(module: str, *arguments: str) -> list[str]:
     """The command line that runs ``module`` of this package in a fresh process.
 
-    Unlike ``python -m`` it imports from where this process does: this copy of the package, and neither what lies in the
-    current folder nor what PYTHONPATH or PYTHONSAFEPATH would add or leave out.
+    Unlike with ``python -m``, that process imports what this one would, this copy of the package included. The current
+    folder, PYTHONPATH and PYTHONSAFEPATH make no difference.
     """
     start = START.format(
         path=[str(entry) for entry in sys.path], name=PACKAGE.name, init=str(PACKAGE / "__init__.py"),

@@ -1,4 +1,4 @@
-"""Benchmark cases as data, with the work and the bytes that each must take at least."""
+"""Benchmark cases as data, with the least operations and bytes that each needs."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def rl_lengths(total: int, longest: int, seed: int = 0) -> tuple[int, ...]:
 
 
 RL = rl_lengths(32768, 8192)
-# one call from a single token to a 16k response: what balancing over the card must survive
+# from one token to a 16k response in one call: the hardest case for balancing load over the SMs
 UNEVEN = (16384, 1, 1, 7, 31, 64, 129, 500, 1023, 4096, *rl_lengths(32768 - 22236, 4096, seed=1))
 SHORT = (32,) * 1000
 

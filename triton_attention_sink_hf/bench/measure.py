@@ -22,7 +22,7 @@ from .peers import GRADIENTS, PEERS, Runner, Unsupported
 
 # Relative errors. A wrong kernel is off by 0.1 or more; a correct one stays below 0.02 in bf16 for these shapes.
 LIMIT = {"out": 0.01, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dsink": 0.05}
-# A card clocks lower as it warms: in turns, each implementation is timed in every state.
+# A card clocks lower as it warms. Taking turns times each implementation in every state.
 TURNS, WARMUP_MS, REPEAT_MS, MIN_REPEATS, MAX_REPEATS = 3, 15, 40, 3, 100
 CYCLES_PER_US = 2000  # no card clocks higher, so no wait is too short
 L2_BYTES = 256 * 2**20  # more than any card's L2
@@ -44,8 +44,8 @@ def make_tensors(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, T
 def device_ms(function: Callable) -> list[float]:
     """Times on the device in ms, one per call, L2 flushed before each.
 
-    Like ``triton.testing.do_bench``, but the device is kept busy until the host has issued the call, as in training,
-    where the host runs ahead. Otherwise the short window kernels would measure their launches; ``host_us`` times those.
+    Like ``triton.testing.do_bench``, but the device is kept busy until the host has issued the call: in training, too,
+    the host runs ahead. Otherwise a short window kernel's time would be its launch time, which ``host_us`` measures.
     """
     host = host_us(function, calls=5)
     idle_cycles = int(1.5 * host * CYCLES_PER_US)
@@ -74,7 +74,7 @@ def spread(samples: list[float]) -> dict[str, float]:
 
 
 def host_us(function: Callable, calls: int = 50) -> float:
-    """Microseconds of host time per call, the queue kept short."""
+    """Median host time of a call in microseconds. The device is idle before each."""
     function()
     torch.cuda.synchronize()
     samples = []
@@ -87,7 +87,7 @@ def host_us(function: Callable, calls: int = 50) -> float:
 
 
 def extra_memory(function: Callable) -> int:
-    """Bytes at the peak of a call beyond what it returns."""
+    """Peak memory of a call in bytes, without what it returns."""
     function()
     torch.cuda.synchronize()
     gc.collect()
@@ -105,7 +105,7 @@ def measure(case: Case, names: Iterable[str], log: Callable[[str], None]) -> Ite
 
     All are checked first, then timed in turns.
     """
-    gc.collect()  # what the case before held
+    gc.collect()  # memory of the previous case
     torch.cuda.empty_cache()
     tensors = make_tensors(case)
     want = oracles(case, tensors)
@@ -150,7 +150,7 @@ def _check(runner: Runner, want: dict[int, dict[str, Tensor]]) -> dict[str, floa
 
 
 def run_once(case: Case, names: Iterable[str]) -> None:
-    """Forward and backward once, for the sake of the compilers' caches. Failures are for ``measure`` to report."""
+    """Run forward and backward once, to fill the compilers' caches. ``measure`` reports what fails."""
     tensors = make_tensors(case)
     for name in names:
         with contextlib.suppress(Exception):

@@ -14,7 +14,7 @@ import typer
 from .refusal import refuse
 from .written import Written
 
-LISTING = "bench-files.json"  # what bench wrote, so that another run replaces these alone
+LISTING = "bench-files.json"  # lists the files that bench wrote: another run replaces only these
 
 
 def bench(
@@ -42,7 +42,7 @@ def bench(
 
     if not torch.cuda.is_available():
         refuse("bench needs a GPU that torch can use; none was found")
-    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or what prepare compiles is not found again
+    os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # else nothing finds what --prepare compiled
     for path in extra_path or []:
         site.addsitedir(str(path))
     from ..bench import report

@@ -53,7 +53,10 @@ def demo(
 
 
 def _train(attn_implementation: str):
-    """Build a model; an iterator of (loss, largest movement of a sink so far) after each step on four random rows."""
+    """Build a model; return an iterator that trains it on four random rows.
+
+    Each step yields the loss and how far the sink that moved most has moved so far.
+    """
     import torch
 
     from ..checks import tiny_gpt_oss

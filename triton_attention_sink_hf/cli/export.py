@@ -16,7 +16,7 @@ PACKAGE = Path(__file__).absolute().parent.parent
 KERNEL = "triton-attention-sink"
 OPERATORS = "triton_attention_sink::"
 BUILD = "build/torch-universal"
-LISTING = "export.json"  # the files that export wrote, so that another export replaces these alone
+LISTING = "export.json"  # lists the files that export wrote: another export replaces only these
 # What attention_sink and flash_attn_* need: nothing of transformers, nothing of the command line.
 SOURCES = ("call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "validation.py")
 INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
@@ -41,7 +41,7 @@ def export(
 ) -> None:
     """Write a Hub kernel folder: upload it to org/name, then attn_implementation: org/name.
 
-    In an earlier export it replaces what it wrote then and nothing else. Exits 2 if other files are in its way.
+    Over an earlier export it replaces only the files that it wrote. Exits 2 if other files are in the way.
     """
     try:
         build = write(directory)
@@ -66,7 +66,7 @@ def write(directory: Path) -> Path:
     for file in sorted((PACKAGE / "implementations").rglob("*.py")):
         sources[file.relative_to(PACKAGE).as_posix()] = file.read_text()
     digest = hashlib.sha256("".join(f"{name}\n{text}" for name, text in sources.items()).encode()).hexdigest()[:12]
-    # Operators are global in torch: under a name of their own, this kernel and the package can share a process.
+    # torch's operators are global: a namespace of its own lets this kernel share a process with the package.
     namespace = f"triton_attention_sink_{digest}"
     sources["ops.py"] = sources["ops.py"].replace(OPERATORS, f"{namespace}::")
     sources["__init__.py"] = INIT

@@ -21,16 +21,16 @@ class DType(str, Enum):
 
 def verify(
     model: Annotated[str, typer.Option(help="A checkpoint (folder or Hub name), or a folder with a config.json.")],
-    dtype: Annotated[DType, typer.Option(help="What to compute in. fp32 is the sharpest.")] = DType.fp32,
-    device: Annotated[str, typer.Option(help="Such as cuda:1 or cpu; the GPU, if there is one, if empty.")] = "",
-    layers: Annotated[int | None, typer.Option(min=1, help="Only the first so many layers, of a large model.")] = None,
+    dtype: Annotated[DType, typer.Option(help="What to compute in. fp32 is the strictest.")] = DType.fp32,
+    device: Annotated[str, typer.Option(help="For example cuda:1 or cpu; by default the GPU if there is one.")] = "",
+    layers: Annotated[int | None, typer.Option(min=1, help="Keep only the first N layers, of a large model.")] = None,
     attention: Annotated[
         str, typer.Option(help="attn_implementation to compare with eager.")
     ] = "triton_attention_sink",
-    seed: Annotated[int, typer.Option(help="Of the random samples.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of the random samples.")] = 0,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
-    """Compare this attention, on one packed row, with eager, sample by sample: log-probs and every gradient.
+    """Compare this attention on one packed row with eager attention on each sample: log-probs and every gradient.
 
     Exits 1 on a FAIL, 2 if there is nothing to compare: no such model, device or attention, or too little memory.
     """

@@ -56,11 +56,11 @@ class Written:
                 )
 
     def write(self, files: dict[str, bytes], replace: bool = False) -> None:
-        """Write all of ``files``, or none if one is not free. ``replace``: delete what else was written before."""
+        """Write all of ``files``, or none if one is not free. ``replace``: delete earlier files not among them."""
         stale = [name for name in self.digests if replace and name not in files]
         self.check([*files, *stale])
         for name in (*files, *stale):
-            (self.root / name).unlink(missing_ok=True)  # not written through: another name may be linked to the file
+            (self.root / name).unlink(missing_ok=True)  # a hard link elsewhere must keep its contents
             self.digests.pop(name, None)
         for name, data in files.items():
             (self.root / name).parent.mkdir(parents=True, exist_ok=True)

@@ -24,7 +24,7 @@ def keep_layers(config, layers: int) -> None:
 
 
 def count_parameters(config) -> int:
-    """Of the causal language model of ``config``. Allocates nothing."""
+    """Number of parameters of the causal language model of ``config``. Allocates nothing."""
     from transformers import AutoModelForCausalLM
 
     with torch.device("meta"):
@@ -36,7 +36,7 @@ def count_parameters(config) -> int:
 def refuse_too_large(gib: float, device: str) -> None:
     """ValueError unless weights and gradients in fp32 fit on the device and two sets of gradients on the host.
 
-    ``gib``: of weights and gradients together, which is also the size of two sets of gradients.
+    ``gib``: size of weights and gradients together; two sets of gradients take as much.
     """
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") / 2**30
     on_gpu = torch.device(device).type == "cuda"
@@ -72,7 +72,7 @@ def load(model: str, config, dtype: torch.dtype, notes: list[str]):
     if method == "mxfp4":  # gpt-oss as published
         options["quantization_config"] = transformers.Mxfp4Config(dequantize=True)
     verbosity = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # of the layers that were left out
+    transformers.logging.set_verbosity_error()  # warnings about the layers that were left out
     try:
         return transformers.AutoModelForCausalLM.from_pretrained(model, config=config, **options)
     finally:

@@ -1,4 +1,4 @@
-"""The same experts in every run, so that runs differ by their attention alone."""
+"""The same experts in every run, so that runs differ only by their attention."""
 
 from __future__ import annotations
 
