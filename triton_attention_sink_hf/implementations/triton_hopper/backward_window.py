@@ -460,8 +460,8 @@ def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, d
     )
 
 
-def launch_backward(problem: Problem, out, lse, dout, dq, dk, dv, dsinks) -> None:
-    """Write dq, dk, dv, and dsinks unless None. Every element is written."""
+def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
+    """Write dq, dk, dv, and dsinks unless None; dlse is None. Every element is written."""
     call, ranges = problem.call, problem.ranges
     launch, parts = _plan(problem, *(x.stride() for x in (out, dout, dq, dk, dv)))
     dsink_parts = lse.new_empty(parts, problem.heads_q) if call.sinks is not None else None

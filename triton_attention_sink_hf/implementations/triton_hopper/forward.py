@@ -210,13 +210,6 @@ def _scores(c, buffer, memory, zero, w: gl.constexpr):
 
 
 @gluon.jit
-def _coming_item(r, queries, count, items):
-    """The item of round r from the table; past the last round, one that exists."""
-    coming = gl.minimum(item_of_round(r, items), items - 1)
-    return queries.item(gl.maximum(coming, 0), count)
-
-
-@gluon.jit
 def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK: gl.constexpr):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     BLOCK_DV: gl.constexpr = memory.BLOCK_DV
@@ -251,7 +244,8 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
     next_end = 0
     next_bh = 0
     if PACKED:
-        next_first, next_end, next_bh = _coming_item(0, queries, count, items)
+        coming = gl.minimum(item_of_round(0, items), items - 1)
+        next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         if not PACKED:
             next_first, next_end, next_bh = queries.item(item_of_round(i, items), count)
@@ -261,8 +255,9 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         b = bh // queries.heads
         head = bh - b * queries.heads
         start, n = queries.block_range(first, end, BLOCK_N, 1)
-        if PACKED:  # the table's entry of the next tile: its latency is hidden behind this one
-            next_first, next_end, next_bh = _coming_item(i + 1, queries, count, items)
+        if PACKED:  # read the next tile's table entry now, to hide its latency; past the last, any entry
+            coming = gl.minimum(item_of_round(i + 1, items), items - 1)
+            next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
         token = first + w * 64
         own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
         own = gl.maximum(own, 1) if SKIPS else n

@@ -61,9 +61,9 @@ def run_backward(
     if out.numel() and call.k.numel():
         problem, hopper = Problem(call), _hopper_backward()
         if hopper is not None and hopper.supports(problem, out, dout, dlse, dq, dk):
-            hopper.launch_backward(problem, out, lse, dout, dq, dk, dv, dsinks)
+            hopper.launch_backward(problem, out, lse, dout, dlse, dq, dk, dv, dsinks)
         else:
-            launch_backward(problem, lse, dout, dlse, dq, dk, dv, dsinks)
+            launch_backward(problem, out, lse, dout, dlse, dq, dk, dv, dsinks)
     else:
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)
 

@@ -252,8 +252,8 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> Launch:
     )
 
 
-def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
-    """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
+def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
+    """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written; out is not read."""
     call, ranges = problem.call, problem.ranges
     tma = use_tma(problem, call.q, dout, dq)
     dlse_strides = None if dlse is None else dlse.stride()
