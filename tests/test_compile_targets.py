@@ -63,6 +63,13 @@ def test_compiles_and_fits(target):
     _check(target, rows)
 
 
+def test_every_launcher_is_listed():
+    folder = TESTS.parent / "triton_attention_sink_hf" / "implementations"
+    files = [file for file in folder.rglob("*.py") if "\ndef launch_" in file.read_text()]
+    modules = {".".join(file.relative_to(folder).with_suffix("").parts) for file in files}
+    assert modules == {launcher.module for launcher in LAUNCHERS}
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_everything_compiles_and_fits(target):

@@ -1,12 +1,14 @@
-"""Portable backward in two kernels, each in a fixed order, without atomics; the workspace is two fp32 a row.
+"""Portable backward: a dq kernel, then a dk, dv kernel. Deterministic, no atomics; the workspace is two fp32 per row.
 
-dq: one program per tile of query rows. It takes delta = rowsum(dout * out) - dlse on the way, stores it for the second
+dq: one program per tile of query rows. It also computes delta = rowsum(dout * out) - dlse, stores it for the second
 kernel, and leaves per-tile sums of the sink's gradient.
-dk, dv: one program per tile of keys; it loops over the queries of the whole group of heads, so grouped heads need
+dk, dv: one program per tile of keys. It loops over the queries of the whole group of heads, so grouped heads need
 neither atomics nor copies.
 
 With P = exp(x - lse), dP = dout v^T: dS = P (dP - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T dout, and
 dsink = -sum over rows of exp(sink - lse) delta.
+
+Over 400 lines: both kernels share the formula, their steps and a launch.
 """
 
 import triton

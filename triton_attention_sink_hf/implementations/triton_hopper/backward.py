@@ -1,13 +1,13 @@
-"""Hopper backward in Gluon: one fused kernel of five products for head dimensions up to 128.
+"""Hopper backward in Gluon for head dimensions up to 128: all five products in one kernel.
 
-Three warpgroups. Two consumers own 64 keys each: transposed scores and dP, dk and dv in registers, P and dS as register
-operands; they write dS to a ring of two slots. The third loads q, dout, lse and delta through the copy engine and makes
-dq: dS K as an fp32 tile that the copy engine adds to a buffer in memory. So no barrier couples the consumers. A barrier
-of a dS slot says two things: dS is there, and both consumers are done with the q and dout of that block.
+Three warpgroups. Two consumers own 64 keys each. They compute transposed scores and dP, keep dk and dv in registers,
+take P and dS as register operands, and write dS to a ring of two slots. The third warpgroup loads q, dout, lse and
+delta by TMA and computes dq: dS K as an fp32 tile, which TMA adds to a buffer in memory. So no barrier couples the
+consumers. A dS barrier means two things: dS is there, and both consumers are done with the q and dout of that block.
 
-dk, dv and dsink have a fixed order; dq has none (the order in which tiles arrive), hence no place where determinism is
-asked for. Before the kernel ``backward_preprocess.py`` runs (delta, lse in base 2, dsink, zeros for dq), after it
-``backward_postprocess.py`` (dq in its own dtype).
+dk, dv and dsink are deterministic. dq is not, because tiles are added as they arrive; so this kernel is not used when
+deterministic gradients are requested. ``backward_preprocess.py`` runs before it (delta, lse in base 2, dsink, zeros for
+dq), ``backward_postprocess.py`` after it (dq in its own dtype).
 """
 
 import torch

@@ -1,10 +1,13 @@
-"""Hopper backward in Gluon for head dimensions above 128: two kernels of four and three products, in a fixed order.
+"""Hopper backward in Gluon for head dimensions above 128: a dk, dv kernel and a dq kernel. Deterministic.
 
-dk and dv of 64 keys fill the registers of one warpgroup each. ``_hopper_dkv_kernel`` gives them one each: the first has
-S, P and dv, the second dP, dS and dk; P goes from the one to the other through shared memory, in fp32.
-``_hopper_dq_kernel`` has two warpgroups of 64 queries. In both the probabilities and their gradients are register
-operands, and the next block's scores go out with this block's last product. A third warpgroup loads through the copy
-engine; it is the default partition, where a consumer would spill.
+dk and dv of 64 keys fill the registers of one warpgroup each. So ``_hopper_dkv_kernel`` has two consumers: one computes
+S, P and dv, the other dP, dS and dk. P passes between them through shared memory, in fp32. ``_hopper_dq_kernel`` has
+two consumers of 64 queries each.
+
+In both, P and dS are register operands, and the next block's scores are issued with this block's last product. A third
+warpgroup loads by TMA. It is the default partition, where a consumer would spill.
+
+Over 400 lines: both kernels share a launch and a structure, and are read together.
 """
 
 from triton.experimental import gluon

@@ -1,13 +1,15 @@
-"""Hopper's backward for short causal windows: one Gluon kernel, deterministic, every input read once, no workspace.
+"""Hopper backward in Gluon for short causal windows: one kernel. Deterministic, reads every input once, no workspace.
 
-A program takes a chunk of tokens of one key head and walks through them, ROWS rows (tokens times the group's heads) a
-step, then through the HALO tokens after it, which see its last keys too. A step sees three tiles of TILE keys. Three
-consumers own the tiles in turn: each makes transposed scores and dP of its tile, keeps the tile's dk and dv in
-registers for as long as it is seen, and leaves dS in shared memory. In every third step a consumer also makes dq of the
-step before, from dS of all three. The first warpgroup loads, and makes of ``out`` and lse what every row starts from.
+A program takes a chunk of tokens of one key head. It walks through the chunk, then through the halo: the tokens after
+it, which still see its last keys. A step has ROWS rows: tokens times the heads of the group. It sees three tiles of
+TILE keys. Three consumers own the tiles in turn. Each computes transposed scores and dP of its tile, keeps the tile's
+dk and dv in registers while rows see it, and leaves dS in shared memory. Every third step a consumer also computes dq
+of the step before, from dS of all three. The first warpgroup loads, and computes delta and lse in base 2 of every row.
 
-delta comes from the rounded ``out``, as in every fused backward; dsink from P dP in fp32. Registers are what there is
-least of: 64 a lane hold dk and dv, 64 scores and dP. Hence ``opaque`` and ``_own_place``.
+delta comes from the rounded ``out``, as in every fused backward; dsink from P dP in fp32. Registers are the limit: of a
+thread, 64 hold dk and dv, 64 scores and dP. ``opaque`` and ``_own_place`` save some.
+
+Over 400 lines: the walk of the four warpgroups is one pipeline, read together.
 """
 
 import triton.language as tl

@@ -1,10 +1,13 @@
-"""Hopper forward in Gluon: one warp loads, two or three warpgroups of 64 query rows each compute.
+"""Hopper forward in Gluon: one producer warp, two or three consumer warpgroups of 64 query rows each.
 
-The producer warp fills a ring with K and V through the copy engine. A consumer takes the softmax of one block of
-scores, then issues this block's P V and the next block's scores together: exponentials of one warpgroup overlap the
-products of the others, which (PINGPONG) have the tensor cores to themselves in turn, by named barriers. P stays in
-registers. Programs are persistent, and the next block may be the first of the next tile, so the pipeline never drains;
-heavy tiles come first, in sections of heads whose keys fit L2.
+The producer fills a ring with K and V by TMA. A consumer computes the softmax of one block of scores, then issues this
+block's P V and the next block's scores together. So its exponentials overlap the products of the other consumers. With
+PINGPONG the consumers take turns at the tensor cores, by named barriers. P stays in registers.
+
+Programs are persistent. The next block may be the first of the next tile, so the pipeline never drains. Heavy tiles
+come first, in sections of heads whose keys fit L2.
+
+Over 400 lines: producer, consumer and launch are one pipeline, read together.
 """
 
 from triton.experimental import gluon
