@@ -117,6 +117,14 @@ def test_long_files_say_why():
             assert "Over 400 lines:" in ast.get_docstring(ast.parse(text)), f"{file.name} is long and does not say why"
 
 
+def test_functions_take_few_arguments():
+    """But for kernels, whose arguments the launchers name."""
+    for file in (ROOT / PACKAGE / "implementations").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.endswith("_kernel"):
+                assert len(node.args.args) <= 20, f"{file.name}: {node.name} has {len(node.args.args)} arguments"
+
+
 def test_importing_the_package_does_not_touch_the_gpu():
     run(f"""
 import torch

@@ -5,6 +5,8 @@ queries sees the BAND keys before it and its own TOKENS keys: no online softmax,
 and fetch their next queries into L2 while they compute.
 """
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -96,22 +98,37 @@ def log2(x, NVIDIA: tl.constexpr):
         return tl.log2(x)
 
 
+class _Options(NamedTuple):
+    """What is fixed when the kernel is compiled, for ``finish``."""
+
+    stride_ot: int
+    stride_od: int
+    HAS_SINK: bool
+    HEADS_Q: int
+    DV: int
+    BLOCK_DV: int
+    PART: int
+    PACK: int
+    EVEN: bool
+    NVIDIA: bool
+
+
 @triton.jit
 def finish(
-    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
-    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-    HAS_SINK: tl.constexpr, HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PART: tl.constexpr,
-    PACK: tl.constexpr, EVEN: tl.constexpr, NVIDIA: tl.constexpr,
+    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q, stride_ob, stride_oh,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Store out and lse of PART tokens from ``first``. ``top``: the largest score of a row, ``l``: its sum of P.
 
     The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink dominates has
     lse = sink exactly.
     """
+    PART: tl.constexpr = OPTIONS.PART
+    PACK: tl.constexpr = OPTIONS.PACK
     rows = tl.arange(0, PART * PACK)
     out = matmul(p_band, v_band)
     out = matmul(p_own, v_own, out)
-    if HAS_SINK:
+    if OPTIONS.HAS_SINK:
         keys = top
         top = tl.maximum(top, sink)
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -120,16 +137,16 @@ def finish(
     else:
         keys = 1.0
     empty = l == 0.0
-    log2_l = log2(tl.where(empty, 1.0, l), NVIDIA)
+    log2_l = log2(tl.where(empty, 1.0, l), OPTIONS.NVIDIA)
     out = out * (keys * tl.exp2(-log2_l))[:, None]  # l is 1 to some hundreds: right to 1e-6, and less than a division
     lse = tl.where(empty, float("-inf"), top + log2_l * LN2)
     store_queries(
-        out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-        DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
+        out_ptr, out, b, first, head, seqlen_q, stride_ob, OPTIONS.stride_ot, stride_oh, OPTIONS.stride_od,
+        OPTIONS.DV, OPTIONS.BLOCK_DV, PART, PACK, TMA=False, EVEN=OPTIONS.EVEN,
     )  # fmt: skip
     i = first + rows // PACK
     heads = head + rows % PACK
-    tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+    tl.store(lse_ptr + (b * OPTIONS.HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
 
 
 @triton.jit
@@ -153,6 +170,10 @@ def _window_fwd_kernel(
     PART: tl.constexpr = TOKENS // PARTS
     ROWS: tl.constexpr = PART * PACK
     CHUNKS: tl.constexpr = HEADS_Q // PACK
+    OPTIONS: tl.constexpr = _Options(
+        stride_ot=stride_ot, stride_od=stride_od, HAS_SINK=HAS_SINK, HEADS_Q=HEADS_Q, DV=DV, BLOCK_DV=BLOCK_DV,
+        PART=PART, PACK=PACK, EVEN=EVEN, NVIDIA=NVIDIA,
+    )  # fmt: skip
     scale = softmax_scale * LOG2E
     tiles = tl.cdiv(seqlen_q, TOKENS)
     shift = 0  # packed rows attend to themselves
@@ -234,15 +255,13 @@ def _window_fwd_kernel(
                 # Triton puts a branch that gives no values behind the loads of the next tile: they run meanwhile
                 if first < seqlen_q:
                     finish(
-                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
-                        b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                        HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, NVIDIA,
+                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
+                        stride_ob, stride_oh, OPTIONS,
                     )  # fmt: skip
             else:
                 finish(
-                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
-                    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                    HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, NVIDIA,
+                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
+                    stride_ob, stride_oh, OPTIONS,
                 )  # fmt: skip
 
 
