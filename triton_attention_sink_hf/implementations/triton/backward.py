@@ -29,9 +29,9 @@ from .config import MIN_TMA_PACK, dkv_config, dq_config
 def _probabilities(
     s, lse, softmax_scale, softcap, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """P = exp(x - lse) and dx/ds of the softcap, from raw scores; lse is broadcast to s.
+    """P = exp(x - lse) and the softcap's dx/ds, from raw scores; lse is broadcast to s.
 
-    EXACT, for fp32 inputs, subtracts before it changes the base: the rounding of lse in base 2 stays out of P.
+    EXACT, for fp32 inputs, subtracts before it changes the base, so that lse is not rounded in base 2.
     """
     slope = 1.0
     if PRESCALE or EXACT:
@@ -121,8 +121,8 @@ def _attn_bwd_dq_kernel(
         PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, HAS_PADDING=HAS_PADDING, TMA=TMA,
         D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_N=BLOCK_N,
     )  # fmt: skip
-    # what loops compute anew rather than keep in registers that there are not
-    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
+    # disable LICM: hoisted values would spill
+    NO_LICM: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
     chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
     tile = tiles - 1 - tl.program_id(0) // (chunks * batch)  # as in the forward
@@ -176,13 +176,13 @@ def _attn_bwd_dq_kernel(
         padding_base = padding_ptr + b.to(tl.int64) * stride_pb
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for e in tl.range(0, edges, num_stages=STAGES, disable_licm=ANEW):
+    for e in tl.range(0, edges, num_stages=STAGES, disable_licm=NO_LICM):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
             dq, row_sum, (q, dout, lse, delta), (k_base, v_base, k_desc, v_desc), b, head_k, padding_base,
             n0, hi_last, lo, hi, softmax_scale, softcap, stride_pt, True, OPTIONS,
         )  # fmt: skip
-    for f in tl.range(0, full, num_stages=STAGES, disable_licm=ANEW):
+    for f in tl.range(0, full, num_stages=STAGES, disable_licm=NO_LICM):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
             dq, row_sum, (q, dout, lse, delta), (k_base, v_base, k_desc, v_desc), b, head_k, padding_base,
@@ -252,7 +252,7 @@ def _dkv_step(
         CHECK: tl.constexpr = MASKED and not TMA
         tokens = rows // PACK
         if TMA:
-            tokens = tl.minimum(tokens, end - 1 - t0)  # reads the last row again, hidden below: takes fewer registers
+            tokens = tl.minimum(tokens, end - 1 - t0)  # re-read the last row, masked below: saves registers
         q_rows = tokens * OPTIONS.stride_qt + rows % PACK * stride_qh
         q = load_tile(q_tile, q_rows, valid, OPTIONS.stride_qd, OPTIONS.D, BLOCK_D, CHECK=CHECK)
         dout_rows = tokens * OPTIONS.stride_dot + rows % PACK * stride_doh
@@ -261,7 +261,7 @@ def _dkv_step(
         lse = tl.reshape(statistics_desc.load([b, t0, 0, head]), [BLOCK_M])
         delta = tl.reshape(statistics_desc.load([b, t0, 1, head]), [BLOCK_M])
         if not BLOCKS:
-            delta = tl.where(valid, delta, 0.0)  # past ``end`` it may be anything, as lse, which is hidden with P
+            delta = tl.where(valid, delta, 0.0)  # past ``end`` it may be anything; so may lse, but P is masked
     else:
         statistics = statistics_ptr + t0.to(tl.int64) * OPTIONS.stride_st
         statistics += rows // PACK * OPTIONS.stride_st + rows % PACK * stride_sh
@@ -305,8 +305,8 @@ def _attn_bwd_dkv_kernel(
         PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, TMA=TMA, WHOLE=not PACKED,
         D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, PACK=PACK,
     )  # fmt: skip
-    # what loops compute anew rather than keep in registers that there are not
-    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
+    # disable LICM: hoisted values would spill
+    NO_LICM: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
     # the first key tiles first: under causality most queries see them
     tile = tl.program_id(0) // (heads_k * batch)
     rest = tl.program_id(0) % (heads_k * batch)
@@ -330,7 +330,7 @@ def _attn_bwd_dkv_kernel(
     )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=False)
 
-    # what no query sees (unused cache slots, rows past the last segment) may hold anything and is not read
+    # keys that no query sees (unused cache slots, rows past the last segment) may hold anything and are not read
     seen = valid & (lo < hi)
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
     k = load_tile(k_base, j.to(tl.int64) * stride_kt, seen, stride_kd, D, BLOCK_D, CHECK=True)
@@ -346,14 +346,14 @@ def _attn_bwd_dkv_kernel(
         q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
         statistics = statistics_ptr + (b * heads_q).to(tl.int64) * 2 * seqlen_q + head.to(tl.int64) * stride_sh
-        for e in tl.range(0, edges, num_stages=STAGES, disable_licm=ANEW):
+        for e in tl.range(0, edges, num_stages=STAGES, disable_licm=NO_LICM):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
                 dk, dv, dk_rest, dv_rest, k, v, (q_base, dout_base, statistics), (q_desc, dout_desc, statistics_desc),
                 (stride_qh, stride_doh, stride_sh, stride_sp), b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
                 True, OPTIONS,
             )  # fmt: skip
-        for f in tl.range(0, full, num_stages=STAGES, disable_licm=ANEW):
+        for f in tl.range(0, full, num_stages=STAGES, disable_licm=NO_LICM):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
                 dk, dv, dk_rest, dv_rest, k, v, (q_base, dout_base, statistics), (q_desc, dout_desc, statistics_desc),
@@ -362,7 +362,7 @@ def _attn_bwd_dkv_kernel(
             )  # fmt: skip
     dk = dk * softmax_scale
     if HAS_PADDING:
-        # a hidden key's scores touch no other key's gradient, so they are dropped here instead of in the loop
+        # a masked key affects no other key's gradient, so the mask is applied here instead of in the loop
         padding_rows = b.to(tl.int64) * stride_pb + j.to(tl.int64) * stride_pt
         real = tl.load(padding_ptr + padding_rows, mask=valid, other=0) != 0
         dk = tl.where(real[:, None], dk, 0.0)
@@ -440,9 +440,9 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
 
 
 def statistics_strides(problem: Problem) -> dict:
-    """lse and delta as the second kernel reads them, 2 B Sq Hq fp32: the packed heads of a token side by side.
+    """Strides of lse and delta, 2 B Sq Hq fp32, as the second kernel reads them.
 
-    Rows of a tile are then few wide loads. Unpacked heads have their tokens side by side.
+    The packed heads of a token are contiguous, so that a tile's rows are few wide loads. Without packing, tokens are.
     """
     if problem.pack > 1:
         return {

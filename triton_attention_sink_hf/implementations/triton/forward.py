@@ -43,7 +43,7 @@ def _attend(
     k_tile = k_ptr + n0.to(tl.int64) * OPTIONS.stride_kt
     k = load_tile(k_tile, cols * OPTIONS.stride_kt, j < end, OPTIONS.stride_kd, D, OPTIONS.BLOCK_D, CHECK=MASKED)
     s = matmul(q, k.T)
-    # softmax_scale * LOG2E is rounded once for all scores, an error that fp32 results show
+    # softmax_scale * LOG2E has one rounding error for all scores, which shows in fp32 results
     EXACT: tl.constexpr = q.dtype == tl.float32
     if OPTIONS.PRESCALE or EXACT:
         s = s * softmax_scale
@@ -91,7 +91,7 @@ def _attn_fwd_kernel(
     )  # fmt: skip
     chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
-    # the last query tiles first, since causal ones see most; the heads of one tile side by side share keys in L2
+    # last query tiles first, because causal ones see most keys; heads of one tile run side by side and share keys in L2
     tile = tiles - 1 - tl.program_id(0) // (chunks * batch)
     rest = tl.program_id(0) % (chunks * batch)
     b = rest // chunks
@@ -140,14 +140,14 @@ def _attn_fwd_kernel(
             False, OPTIONS,
         )  # fmt: skip
 
-    # Back in natural units, the sink joins last, so that a row that it dominates has lse = sink exactly.
+    # The sink joins last, in natural units, so that lse = sink exactly where the sink dominates.
     top = m * LN2
     if HAS_SINK:
         sink = tl.load(sink_ptr + heads).to(tl.float32)
         top = tl.maximum(top, sink)
     top = tl.where(top == float("-inf"), 0.0, top)
     keys = tl.exp2(m - top * LOG2E)
-    keys = tl.where(m == float("-inf"), 0.0, keys)  # top * LOG2E of a very negative sink is -inf too, and keys NaN
+    keys = tl.where(m == float("-inf"), 0.0, keys)  # where top * LOG2E of a very negative sink is -inf too, keys is NaN
     l = l * keys
     if HAS_SINK:
         l += tl.exp2((sink - top) * LOG2E)

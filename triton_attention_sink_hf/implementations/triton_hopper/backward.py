@@ -135,7 +135,7 @@ def _loader_and_dq(
     for c in range(0, n):
         e = c & 1
         mbarrier.wait(memory.ds_full.index(e), (c >> 1) & 1)
-        if c + STAGES < n:  # both consumers are through with this slot
+        if c + STAGES < n:  # both consumers are done with this slot
             slot = c % STAGES
             next_head = head_k * keys.group + ahead_head
             _load_block(descs, memory, slot, b, next_head, row + ahead_head, start + ahead * BLOCK_M, BLOCK_M)
@@ -162,7 +162,7 @@ def _consumer(
 ):  # fmt: skip
     BLOCK_D: gl.constexpr = dk_rows.BLOCK
     BLOCK_DV: gl.constexpr = dv_rows.BLOCK
-    # registers to spare: K and V there, scores one block ahead, P as an operand of dv before P has become dS
+    # There are registers left for K and V, for scores one block ahead, and for P and dS at the same time.
     SMALL: gl.constexpr = BLOCK_D <= 64 and BLOCK_DV <= 64
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -193,7 +193,7 @@ def _consumer(
         q0 = memory.q.index(0).reshape([BLOCK_M, BLOCK_D])
         s = warpgroup_mma(k, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
         s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-    for c in tl.range(0, n, disable_licm=True):  # else what does not change takes the registers of what does
+    for c in tl.range(0, n, disable_licm=True):  # hoisted values would spill
         slot, phase = _slot(c, STAGES)
         e = c & 1
         q = memory.q.index(slot).reshape([BLOCK_M, BLOCK_D])

@@ -115,7 +115,7 @@ def _dv_consumer(dv_rows, memory, keys, softmax_scale, BLOCK_D: gl.constexpr, BL
         p = gl.convert_layout(p.to(dtype), operand)
         mbarrier.wait(memory.dout_full.index(slot), phase)
         dv = warpgroup_mma(p, memory.dout.index(slot).reshape([BLOCK, BLOCK_DV]), dv, is_async=True)
-        following = gl.minimum(c + 1, n - 1)  # the last block's scores are computed twice
+        following = gl.minimum(c + 1, n - 1)  # the last block's scores are computed twice and not used
         mbarrier.wait(memory.q_full.index(following & 1), (following >> 1) & 1)
         q = memory.q.index(following & 1).reshape([BLOCK, BLOCK_D])
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -187,7 +187,7 @@ def _hopper_dkv_kernel(
         if keys.is_surplus():
             return
     dtype: gl.constexpr = q_desc.dtype
-    # a quarter of a warp's stores meet all banks once
+    # each quarter of a warp's stores touches every bank once
     p_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
     memory = _DkvMemory(
         k=gl.allocate_shared_memory(dtype, [1, 1, BLOCK, BLOCK_D], k_desc.layout),
@@ -309,13 +309,13 @@ def _dq_consumer(
         mbarrier.arrive(memory.v_empty, count=1)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
         acc = warpgroup_mma(ds, memory.k.index(slot).reshape([BLOCK, BLOCK_D]), acc, is_async=True)
-        following = gl.minimum(c + 1, own - 1)  # the last block's scores are computed twice
+        following = gl.minimum(c + 1, own - 1)  # the last block's scores are computed twice and not used
         mbarrier.wait(memory.k_full.index(following & 1), (following >> 1) & 1)
         k = memory.k.index(following & 1).reshape([BLOCK, BLOCK_D])
         s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
         s, acc = warpgroup_mma_wait(0, deps=[s, acc])
         mbarrier.arrive(memory.k_empty.index(slot), count=1)
-    for c in range(own, n):  # blocks that the other warpgroup's queries alone see
+    for c in range(own, n):  # blocks that only the other consumer's queries see
         slot = c & 1
         mbarrier.wait(memory.v_full, slot)
         mbarrier.arrive(memory.v_empty, count=1)

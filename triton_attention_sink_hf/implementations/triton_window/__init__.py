@@ -1,4 +1,4 @@
-"""Triton kernels for short causal windows (gpt-oss: 128), dense or packed: what they read and write is the floor."""
+"""Triton kernels for short causal windows (gpt-oss: 128), dense or packed. They are memory-bound."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def run_backward(
 
 @functools.cache
 def _hopper_backward() -> ModuleType | None:
-    """The backward in one Gluon kernel; None where the installed Triton's Gluon is not known."""
+    """The backward in one Gluon kernel; None if the installed Triton's Gluon is not supported."""
     try:
         from ..triton_hopper import backward_window
     except ImportError:
