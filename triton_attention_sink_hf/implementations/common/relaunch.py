@@ -9,6 +9,9 @@ known, they call the C function inside it, and build each tensor map once per ad
 This skips one check of Triton, that the globals a kernel reads have not changed. Whatever is not known to be equivalent
 goes through Triton every time: the interpreter, AMD, other versions, hooks (profilers), debug and instrumentation
 modes, a replaced ``JITFunction.run``, tensor subclasses.
+
+Private interfaces of Triton used here: ``CompiledKernel.run``, ``function`` and ``packed_metadata``; for triton 3.6
+also ``CudaLauncher.launch`` and ``make_tensordesc_arg``. Delete when Triton repeats a launch in a few microseconds.
 """
 
 from __future__ import annotations
