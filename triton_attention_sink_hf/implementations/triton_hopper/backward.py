@@ -175,6 +175,7 @@ def _consumer(
     key, end, b, head_k, start, blocks = keys.own_tile(BLOCK_M, ALIGN)
     first = key + w * 64
     lo, hi, edge, unmasked = keys.seeing(first, end, start, blocks, 64, BLOCK_M, gl.SliceLayout(1, s_layout))
+    # s, dp: [keys, queries]; dk, dv: [keys, columns]
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=s_layout)
     dk = gl.zeros([64, BLOCK_D], gl.float32, layout=dk_layout)
     dv = gl.zeros([64, BLOCK_DV], gl.float32, layout=dv_layout)

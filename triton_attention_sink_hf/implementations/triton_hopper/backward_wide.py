@@ -89,6 +89,7 @@ def _dv_consumer(dv_rows, memory, keys, softmax_scale, BLOCK_D: gl.constexpr, BL
     scale = softmax_scale * LOG2E
     key, end, b, head_k, start, blocks = keys.own_tile(BLOCK, ALIGN)
     lo, hi, edge, unmasked = keys.seeing(key, end, start, blocks, BLOCK, BLOCK, gl.SliceLayout(1, s_layout))
+    # s, p: [keys, queries]; dv: [keys, columns]
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
     dv = gl.zeros([BLOCK, BLOCK_DV], gl.float32, layout=layout)
     k = memory.k.reshape([BLOCK, BLOCK_D])
@@ -134,6 +135,7 @@ def _dk_consumer(
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     dtype: gl.constexpr = memory.q.dtype
     key, end, b, head_k, _start, blocks = keys.own_tile(BLOCK, ALIGN)
+    # dp, ds: [keys, queries]; dk: [keys, columns]
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
     dk = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
     v = memory.v.reshape([BLOCK, BLOCK_DV])
@@ -265,10 +267,10 @@ def _dq_loader(q_desc, dout_desc, k_desc, v_desc, memory, queries, BLOCK: gl.con
 
 @gluon.jit
 def _dq_consumer(
-    w: gl.constexpr, statistics_ptr, dq, memory, queries, softmax_scale, padded_q,
+    w: gl.constexpr, statistics_ptr, dq_rows, memory, queries, softmax_scale, padded_q,
     BLOCK_DV: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_D: gl.constexpr = dq.BLOCK
+    BLOCK_D: gl.constexpr = dq_rows.BLOCK
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -284,8 +286,9 @@ def _dq_consumer(
     statistics = statistics_ptr + bh.to(gl.int64) * padded_q + rows
     lse = gl.load(statistics, mask=rows < end, other=float("inf"))
     delta = gl.load(statistics + queries.total.to(gl.int64) * padded_q, mask=rows < end, other=0.0)
+    # s, dp: [queries, keys]; dq: [queries, columns]
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
-    acc = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
+    dq = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
     q = memory.q.index(w).reshape([BLOCK, BLOCK_D])
     dout = memory.dout.index(w).reshape([BLOCK, BLOCK_DV])
     v = memory.v.reshape([BLOCK, BLOCK_DV])
@@ -308,12 +311,12 @@ def _dq_consumer(
         dp = warpgroup_mma_wait(0, deps=[dp])
         mbarrier.arrive(memory.v_empty, count=1)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
-        acc = warpgroup_mma(ds, memory.k.index(slot).reshape([BLOCK, BLOCK_D]), acc, is_async=True)
+        dq = warpgroup_mma(ds, memory.k.index(slot).reshape([BLOCK, BLOCK_D]), dq, is_async=True)
         following = gl.minimum(c + 1, own - 1)  # the last block's scores are computed twice and not used
         mbarrier.wait(memory.k_full.index(following & 1), (following >> 1) & 1)
         k = memory.k.index(following & 1).reshape([BLOCK, BLOCK_D])
         s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+        s, dq = warpgroup_mma_wait(0, deps=[s, dq])
         mbarrier.arrive(memory.k_empty.index(slot), count=1)
     for c in range(own, n):  # blocks that only the other consumer's queries see
         slot = c & 1
@@ -322,7 +325,7 @@ def _dq_consumer(
         mbarrier.wait(memory.k_full.index(slot), (c >> 1) & 1)
         mbarrier.arrive(memory.k_empty.index(slot), count=1)
     head = bh - b * queries.heads
-    dq.store(acc * softmax_scale, first + w * BLOCK, end, b, head, layout)
+    dq_rows.store(dq * softmax_scale, first + w * BLOCK, end, b, head, layout)
 
 
 @gluon.jit(do_not_specialize=[*_VARYING, "padded_q"])

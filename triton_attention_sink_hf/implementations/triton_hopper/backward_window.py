@@ -242,6 +242,7 @@ def _consumer(
     scale = softmax_scale * LOG2E
     first, end, own, steps = walk.own_chunk()
     column = gl.arange(0, ROWS, layout=row) // PACK
+    # s, dp: [keys, rows]; dk, dv: [keys, columns]
     zero = gl.zeros([TILE, ROWS], gl.float32, layout=s_layout)
     dsink = _sum_of_tokens(_sum_of_keys(zero), HEADS)
     tiles = (steps + EPOCH - 1) // EPOCH + 2

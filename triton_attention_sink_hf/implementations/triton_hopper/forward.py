@@ -82,9 +82,7 @@ def _load_pair(k_desc, v_desc, memory, c, b, head, n0, v_b, v_head, v_n0):
 
 
 @gluon.jit
-def _producer(
-    q_desc, k_desc, v_desc, memory, queries
-):  # fmt: skip
+def _producer(q_desc, k_desc, v_desc, memory, queries):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     CONSUMERS: gl.constexpr = memory.CONSUMERS
     STAGES: gl.constexpr = memory.STAGES
@@ -228,6 +226,7 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
     acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
     dtype: gl.constexpr = memory.q.dtype
     scale = softmax_scale * LOG2E
+    # s: [queries, keys]; acc: [queries, columns of V]; m, l: [queries]
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
     count = queries.count()
     items = count * queries.total
