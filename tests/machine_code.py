@@ -5,6 +5,9 @@ hashes. ``python machine_code.py compare BEFORE AFTER`` names the kernels that d
 
 A hash covers the instructions and the shared memory of a kernel, not its name nor its lines: kernels may be renamed,
 moved and launched in another order.
+
+Triton 3.6 is not deterministic: it compiles ``_attn_bwd_dkv_kernel`` to one of two codes, run by run, from one source.
+Before you believe a difference, write both files again with an empty TRITON_CACHE_DIR.
 """
 
 from __future__ import annotations
