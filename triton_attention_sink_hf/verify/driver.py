@@ -32,7 +32,7 @@ def verify(
     Args:
         model: what ``AutoModelForCausalLM.from_pretrained`` takes, or a folder that holds no more than a config.json,
             whose weights are then random and whose sinks are spread from -2 to 6.
-        dtype: "fp32", "bf16" or "fp16": of the parameters. The forward runs under autocast, as FSDP2 runs it.
+        dtype: "fp32", "bf16" or "fp16": of the parameters, under autocast, as FSDP2 hands them to the layers.
         device: default: the GPU if there is one.
         layers: keep only this many, from the first.
         log: called with lines of progress.
@@ -108,7 +108,7 @@ def check_device(device: str) -> None:
 
 
 def check_attention(name: str) -> None:
-    """ValueError unless ``name`` is a valid ``attn_implementation``. Whether a model accepts it is not checked."""
+    """ValueError unless ``name`` can stand in ``attn_implementation``; whether a model takes it is another question."""
     from transformers import AttentionInterface
 
     import triton_attention_sink_hf  # noqa: F401  registers the names
