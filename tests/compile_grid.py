@@ -20,7 +20,7 @@ from compile_target import LENGTHS, Driver, compile_case, target_of
 from triton.backends.nvidia import compiler
 from triton.runtime.driver import driver
 
-from triton_attention_sink_hf.implementations.triton import launch
+from triton_attention_sink_hf.implementations.common import problem as common_problem
 
 # Both padded to a power of two; 12 short of it, rows are no multiple of 16 bytes, so loads are narrow and without TMA.
 DIMS = (4, 16, 32, 52, 64, 116, 128, 244, 256)
@@ -78,7 +78,7 @@ def cases(target: str) -> dict[str, Case]:
 def main(target: str, part: int = 0, of: int = 1) -> None:
     stop_after_allocation()
     driver.set_active(Driver(target_of(target)))
-    launch.target_name = lambda device: target
+    common_problem.target_name = lambda device: target
     for name, case in list(cases(target).items())[part::of]:
         for kernel_name, kernel in compile_case(case):
             print(json.dumps({"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared}), flush=True)

@@ -26,15 +26,16 @@ from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
 from triton_attention_sink_hf.call import Call
-from triton_attention_sink_hf.implementations.triton import backward, forward, launch
+from triton_attention_sink_hf.implementations.common import problem as common_problem
+from triton_attention_sink_hf.implementations.triton import backward, forward
 from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
+from triton_attention_sink_hf.implementations.triton_hopper import backward_wide as hopper_wide
+from triton_attention_sink_hf.implementations.triton_hopper import backward_window as window_hopper_backward
 from triton_attention_sink_hf.implementations.triton_hopper import config as hopper_config
 from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
-from triton_attention_sink_hf.implementations.triton_hopper import wide as hopper_wide
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
 from triton_attention_sink_hf.implementations.triton_window import config as window_config
 from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
-from triton_attention_sink_hf.implementations.triton_window import hopper_backward as window_hopper_backward
 from triton_attention_sink_hf.masks import Mask
 
 BF16, FP32 = torch.bfloat16, torch.float32
@@ -118,7 +119,7 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
 
     triton.JITFunction.run = compile_only
     try:
-        problem = launch.Problem(_call(case))
+        problem = common_problem.Problem(_call(case))
         q, k, v = problem.call.q, problem.call.k, problem.call.v
         out = q.new_empty(*q.shape[:3], v.shape[-1])
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
@@ -191,7 +192,7 @@ def spilled(kernel) -> int:
 
 def main(target: str, cases: dict[str, Case]) -> None:
     driver.set_active(Driver(target_of(target)))
-    launch.target_name = lambda device: target
+    common_problem.target_name = lambda device: target
     for name, case in cases.items():
         for kernel_name, kernel in compile_case(case):
             row = {"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared, "spilled": spilled(kernel)}

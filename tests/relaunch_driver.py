@@ -19,9 +19,11 @@ from triton.runtime import jit
 from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from triton_attention_sink_hf.call import Call, Layout
-from triton_attention_sink_hf.implementations.triton import backward, forward, launch, relaunch
-from triton_attention_sink_hf.implementations.triton.relaunch import Blocks, Launch
+from triton_attention_sink_hf.call import Call, Memo
+from triton_attention_sink_hf.implementations.common import problem as common_problem
+from triton_attention_sink_hf.implementations.common import relaunch
+from triton_attention_sink_hf.implementations.common.relaunch import Blocks, Launch
+from triton_attention_sink_hf.implementations.triton import backward, forward
 from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
 from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
 from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
@@ -71,7 +73,7 @@ class Driver:
 
 DRIVER = Driver()
 driver.set_active(DRIVER)
-launch.target_name = lambda device: "sm90"
+common_problem.target_name = lambda device: "sm90"
 
 
 @triton.jit
@@ -285,7 +287,7 @@ def launches_of(case: Case, hopper: bool):
     """A function that launches each kernel that can serve ``case``, and returns the launches recorded and how many of
     them went through Triton."""
     inputs = make_inputs(case)
-    call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True, Layout())
+    call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True, Memo())
     q, k, v = call.q, call.k, call.v
     out, lse = torch.empty_like(q), q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
     dlse = lse.clone() if case.dlse else None
@@ -293,7 +295,7 @@ def launches_of(case: Case, hopper: bool):
     gradients.append(None if call.sinks is None else torch.empty_like(call.sinks))
 
     def launches():
-        problem = launch.Problem(call)
+        problem = common_problem.Problem(call)
         DRIVER.launches.clear()
         BOUND.clear()
         forward.launch_forward(problem, out, lse)

@@ -2,7 +2,7 @@
 
 Warpgroup products find their operands in shared memory by descriptors in uniform registers. Triton 3.6's ptxas takes a
 descriptor that it computed in one loop or branch for an equal one in the next, also where the first may be skipped
-(``hidden_zero`` of the Hopper kernels gets around it). The result is silently wrong, and only for lengths that skip the
+(``opaque_zero`` of the Hopper kernels gets around it). The result is silently wrong, and only for lengths that skip the
 first loop, so that running a kernel may not show it. Every path through its instructions does.
 """
 

@@ -67,18 +67,20 @@ def test_implementations_are_timed_in_turns_that_run_back_and_forth(monkeypatch)
     assert (cudnn["implementation"], cudnn["direction"], cudnn["ms"]) == ("cuDNN", "forward", 3.0)
 
 
-@pytest.mark.parametrize(
-    "run",
-    [
-        "2026-11-24-h100",
-        "2026-11-24-h100-in-turns",
-        "2026-11-24-h100-windows-in-turns",
-        "2026-11-26-h200",
-        "2026-11-26-h100",
-    ],
-)
+BENCH_RESULTS = {
+    path.stem: path for path in sorted(RESULTS.glob("*.json")) if "summary" in json.loads(path.read_text())
+}
+
+
+def test_the_repository_holds_a_run_of_all_cases():
+    assert {row["case"] for row in json.loads(BENCH_RESULTS["h100"].read_text())["rows"]} == {
+        case.name for case in CASES
+    }
+
+
+@pytest.mark.parametrize("run", BENCH_RESULTS)
 def test_results_in_the_repository_say_what_their_rows_say(run):
-    result = json.loads((RESULTS / f"{run}.json").read_text())
+    result = json.loads(BENCH_RESULTS[run].read_text())
     assert report.summarise(result["rows"], result["ceilings"]) == result["summary"]
     assert report.pair_ms(result["rows"]) == result["gpt_oss_pair_ms"]
     assert all("problem" not in row or row["implementation"] != "ours" for row in result["rows"])
@@ -96,7 +98,7 @@ def test_an_interrupted_run_goes_on_only_in_its_own_environment(tmp_path):
 
 def test_plots():
     pytest.importorskip("matplotlib", reason="plots need matplotlib, of the bench extra")
-    result = json.loads((RESULTS / "2026-11-24-h100.json").read_text())
+    result = json.loads(BENCH_RESULTS["h100"].read_text())
     files = report.plot(result["summary"], "a card")
     assert list(files) == ["forward.png", "backward.png"]
     assert all(png.startswith(b"\x89PNG") for png in files.values())

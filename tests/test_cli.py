@@ -288,13 +288,13 @@ def contents(folder: Path) -> dict[str, bytes | str]:
 
 def test_another_export_replaces_what_export_wrote(tmp_path, monkeypatch):
     build = write(tmp_path / "kernel")
-    monkeypatch.setattr(export_command, "SOURCES", (*export_command.SOURCES, "verify.py"))
+    monkeypatch.setattr(export_command, "SOURCES", (*export_command.SOURCES, "checks.py"))
     monkeypatch.setattr(export_command, "CARD", "another card")
     write(tmp_path / "kernel")
-    assert (build / "verify.py").exists()
+    assert (build / "checks.py").exists()
     monkeypatch.undo()
     write(tmp_path / "kernel")
-    assert not (build / "verify.py").exists()  # no longer part of it, and as export wrote it
+    assert not (build / "checks.py").exists()  # no longer part of it, and as export wrote it
     write(tmp_path / "new")
     again, new = contents(tmp_path / "kernel"), contents(tmp_path / "new")
     assert [*again.values()] == [*new.values()]

@@ -25,7 +25,7 @@ TESTS = Path(__file__).parent
 # Bytes of stack a thread (AMD: registers) that may spill. A few words outside a loop cost nothing that can be measured;
 # fp32 holds its operands in registers, which ptxas does not fit at D of 128 and 256 with any tile that was tried.
 SPILLED, SPILLED_FP32 = 32, 288
-# The tiles for Hopper are those that an H100 ran fastest: without spills dk, dv took a quarter longer (NOTES.md). With
+# The tiles for Hopper are those that an H100 ran fastest: without spills dk, dv took a quarter longer (LOG.md). With
 # triton 3.6 none needs more than 128 bytes; 3.9 has 328 for dk, dv of packed rows at D of 256.
 SPILLED_MEASURED = {"sm90": 256}
 

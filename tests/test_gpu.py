@@ -185,17 +185,17 @@ def test_window_backward_in_one_kernel(packed, group, monkeypatch):
     """Chunks, tiles and segments that end anywhere; sizes that it leaves to two kernels for the sake of speed, too."""
     if torch.cuda.get_device_capability() != (9, 0):
         pytest.skip("the kernel is Hopper's")
-    from triton_attention_sink_hf.implementations.triton_window import hopper_backward
+    from triton_attention_sink_hf.implementations.triton_hopper import backward_window
 
     launched = []
-    launch = hopper_backward.launch_backward
-    monkeypatch.setattr(hopper_backward, "launch_backward", lambda *a: (launched.append(1), launch(*a)))
+    launch = backward_window.launch_backward
+    monkeypatch.setattr(backward_window, "launch_backward", lambda *a: (launched.append(1), launch(*a)))
     for name in ("MIN_LEFT", "MIN_TOKENS"):
-        monkeypatch.setattr(hopper_backward, name, 0)
+        monkeypatch.setattr(backward_window, name, 0)
     pick = random.Random(f"{group} {packed}")
     for seed in range(12):
         length = 64 * pick.choice((1, 1, 2, 3, 7))
-        monkeypatch.setattr(hopper_backward, "chunk_length", lambda *_, length=length: length)
+        monkeypatch.setattr(backward_window, "chunk_length", lambda *_, length=length: length)
         lengths = [pick.choice((pick.randrange(1, 70), pick.randrange(1, 400))) for _ in range(pick.randrange(1, 6))]
         total = max(sum(lengths), 64)
         case = Case(

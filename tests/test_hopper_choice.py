@@ -13,9 +13,9 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this trit
 from triton_attention_sink_hf import explain, implementations
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations import triton_hopper, unsupported_reason
-from triton_attention_sink_hf.implementations.triton import launch
-from triton_attention_sink_hf.implementations.triton.launch import Problem
-from triton_attention_sink_hf.implementations.triton_window import hopper_backward
+from triton_attention_sink_hf.implementations.common import problem as common_problem
+from triton_attention_sink_hf.implementations.common.problem import Problem
+from triton_attention_sink_hf.implementations.triton_hopper import backward_window
 from triton_attention_sink_hf.masks import Mask
 
 BF16 = torch.bfloat16
@@ -150,12 +150,12 @@ def test_the_window_backward_in_one_kernel(changes, served, monkeypatch):
     problem = Problem(_window_call(**changes))
     q, k, v = problem.call.q, problem.call.k, problem.call.v
     out, dq, dk = q.new_empty(*q.shape[:3], v.shape[-1]), torch.empty_like(q), torch.empty_like(k)
-    assert not hopper_backward.supports(problem, out, out, None, dq, dk)  # on the CPU
-    monkeypatch.setattr(launch, "target_name", lambda device: "sm90")
-    assert hopper_backward.supports(problem, out, out, None, dq, dk) == served
-    assert not hopper_backward.supports(problem, out, out.transpose(2, 3), None, dq, dk)
-    assert not hopper_backward.supports(problem, out, out, out.new_empty(q.shape[0], q.shape[2], q.shape[1]), dq, dk)
-    assert not hopper_backward.supports(problem, out, out, None, dq, None)
+    assert not backward_window.supports(problem, out, out, None, dq, dk)  # on the CPU
+    monkeypatch.setattr(common_problem, "target_name", lambda device: "sm90")
+    assert backward_window.supports(problem, out, out, None, dq, dk) == served
+    assert not backward_window.supports(problem, out, out.transpose(2, 3), None, dq, dk)
+    assert not backward_window.supports(problem, out, out, out.new_empty(q.shape[0], q.shape[2], q.shape[1]), dq, dk)
+    assert not backward_window.supports(problem, out, out, None, dq, None)
 
 
 @pytest.mark.parametrize("programs", [1, 78, 132])
@@ -163,8 +163,8 @@ def test_the_window_backward_in_one_kernel(changes, served, monkeypatch):
 @pytest.mark.parametrize("seqlen", [64, 100, 1024, 5000, 32768, 540_000])
 def test_chunks(seqlen, heads, programs):
     """Whole tiles; whoever has most to do has at most twice an equal share of it, halo and rounding not counted."""
-    length = hopper_backward.chunk_length(seqlen, heads, programs)
-    assert length % hopper_backward.TILE == 0 and 0 < length < seqlen + hopper_backward.TILE
+    length = backward_window.chunk_length(seqlen, heads, programs)
+    assert length % backward_window.TILE == 0 and 0 < length < seqlen + backward_window.TILE
     rounds = -(-heads * -(-seqlen // length) // programs)
-    extra = hopper_backward.HALO + 2 * hopper_backward.TILE
+    extra = backward_window.HALO + 2 * backward_window.TILE
     assert rounds * length <= max(2 * heads * seqlen / programs, seqlen / max(1, programs // heads)) + rounds * extra

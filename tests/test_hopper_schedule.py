@@ -11,9 +11,9 @@ from cases import cu_seqlens
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this triton has no Gluon for Hopper")
 
 from triton_attention_sink_hf.call import Call
-from triton_attention_sink_hf.implementations.triton.launch import Problem, ceil_div
-from triton_attention_sink_hf.implementations.triton_hopper import schedule
-from triton_attention_sink_hf.implementations.triton_hopper.launch import table_slots, tile_table
+from triton_attention_sink_hf.implementations.common.problem import Problem, ceil_div
+from triton_attention_sink_hf.implementations.triton_hopper import vocabulary
+from triton_attention_sink_hf.implementations.triton_hopper.tile_table import table_slots, tile_table
 from triton_attention_sink_hf.masks import Mask
 
 TILES = [64, 128, 192]
@@ -174,14 +174,14 @@ def _where(condition, a, b):
 
 
 def _run(name: str):
-    """A function of ``schedule.py`` as plain Python: Gluon has no interpreter, and what these use of it is little."""
+    """A function of ``vocabulary.py`` as plain Python: Gluon has no interpreter, and what these use of it is little."""
     gl = SimpleNamespace(
         minimum=_both(torch.minimum, min), maximum=_both(torch.maximum, max), load=_load, where=_where,
         arange=lambda start, end, layout: torch.arange(start, end),
     )  # fmt: skip
     names = ("interval", "block_range", "own_blocks", "seeing_queries", "hide")
     scope = {"gl": gl, "float": float}
-    scope |= {n: FunctionType(getattr(schedule, n).fn.__code__, scope) for n in names}
+    scope |= {n: FunctionType(getattr(vocabulary, n).fn.__code__, scope) for n in names}
     return scope[name]
 
 

@@ -1,5 +1,6 @@
 """Imports point down only, cost nothing that was not asked for, and survive what is not installed. Fresh processes."""
 
+import ast
 import os
 import subprocess
 import sys
@@ -15,6 +16,27 @@ ABOVE_OPS = (
     f"{PACKAGE}.flash_attn_api",
     f"{PACKAGE}.flash_attention_triton_sink",
     f"{PACKAGE}.integrations",
+)
+# The package from the bottom up: a file imports only from what stands above its own line here. ``__init__`` is the
+# package as its users import it.
+LAYERS = (
+    "masks",
+    "call",
+    "reference",
+    "validation",
+    "implementations",
+    "ops",
+    "interface",
+    "flash_attn_api",
+    "integrations",
+    "flash_attention_triton_sink",
+    "registration",
+    "__init__",
+    "processes",
+    "checks",
+    "verify",
+    "bench",
+    "cli",
 )
 
 # The package's __init__ registers with transformers, which imports triton: a stand-in shows what a module itself needs.
@@ -45,12 +67,44 @@ assert attention_sink(q, q, q, torch.zeros(2)).shape == q.shape
 """
 
 
+def imported_layers(file: Path) -> set[str]:
+    """The layers that a file of the package imports from, its own left out; imports inside functions count."""
+    place = [PACKAGE, *file.relative_to(ROOT / PACKAGE).parts]
+    names = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        if isinstance(node, ast.Import):
+            names |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            parent = ".".join([*(place[: -node.level] if node.level else ()), *filter(None, [node.module])])
+            names |= {f"{parent}.{alias.name}" for alias in node.names}
+    inside = {f"{name}.__init__".split(".")[1] for name in names if name.split(".")[0] == PACKAGE}
+    return {name if name in LAYERS else "__init__" for name in inside} - {layer(file)}
+
+
+def layer(file: Path) -> str:
+    return file.relative_to(ROOT / PACKAGE).parts[0].removesuffix(".py")
+
+
 def run(code: str) -> str:
     """Run code in a fresh interpreter that sees the checkout; its stderr. Fails the test if the code fails."""
     environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
     assert done.returncode == 0, done.stderr
     return done.stderr
+
+
+def test_every_import_points_down():
+    files = sorted((ROOT / PACKAGE).rglob("*.py"))
+    assert {layer(file) for file in files} == set(LAYERS)
+    up = {
+        f"{file.relative_to(ROOT)}: {name}"
+        for file in files
+        for name in imported_layers(file)
+        if LAYERS.index(name) > LAYERS.index(layer(file))
+    }
+    assert not up
+    wrapper = imported_layers(ROOT / PACKAGE / "flash_attention_triton_sink.py")
+    assert {"integrations", "interface"} <= wrapper  # the imports are found
 
 
 @pytest.mark.parametrize(
@@ -63,7 +117,8 @@ def run(code: str) -> str:
         ("ops", ("triton", "transformers", "verl", TRITON, f"{PACKAGE}.reference", *ABOVE_OPS)),
         ("interface", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS[1:])),
         ("flash_attn_api", ("triton", "transformers", "verl", *ABOVE_OPS[2:])),
-        ("flash_attention_triton_sink", ("transformers", "verl", TRITON, OPS, f"{PACKAGE}.cli")),
+        ("integrations.forward_mask", ("transformers", "verl", TRITON, OPS, *ABOVE_OPS[:-1])),
+        ("flash_attention_triton_sink", ("transformers", "verl", TRITON, OPS, f"{PACKAGE}.registration")),
         ("cli", ("torch", "triton", "transformers", "verl")),
     ],
 )

@@ -9,6 +9,7 @@ from cases import Case, call, make_inputs, run
 from torch.utils.checkpoint import checkpoint
 
 from triton_attention_sink_hf import attention_sink, explain, implementations, interface, ops
+from triton_attention_sink_hf.call import N_TENSORS, Call
 from triton_attention_sink_hf.ops import attention_backward, attention_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore::UserWarning")
@@ -67,6 +68,38 @@ def test_operator_equals_eager_call(name):
     assert torch.equal(out, want["out"]) and torch.equal(lse, want["lse"])
     for value, key in zip(torch.autograd.grad(out, leaves, inputs.dout), ("dq", "dk", "dv", "dsink"), strict=False):
         assert torch.equal(value, want[key]), key
+
+
+def test_a_call_owns_the_order_of_its_fields():
+    tensors, options = tuple(torch.zeros(1) for _ in range(N_TENSORS)), (1, 2, 0.5, 3.0, True)
+    joined = Call.join(tensors, options, None)
+    assert all(a is b for a, b in zip(joined.tensors(), tensors, strict=True)) and joined.options() == options
+    names = [argument.name for argument in attention_forward._opoverload._schema.arguments]
+    for name, value in zip(names, (*tensors, *options, "implementation"), strict=True):
+        assert value == name or value is getattr(joined, name, getattr(joined.mask, name, None)), name
+
+
+def test_the_backward_keeps_the_memo_of_the_forward(monkeypatch):
+    monkeypatch.setattr(ops, "memo_of", None)  # what would look for another
+    for case in SAMPLES.values():
+        run(case, make_inputs(case))
+
+
+def _elsewhere(x: torch.Tensor) -> torch.Tensor:
+    """The values of x at a misaligned address, with a gap after each."""
+    return x.new_empty(2 * x.numel() + 1)[1:].view(*x.shape, 2)[..., 0].copy_(x)
+
+
+@pytest.mark.parametrize("name", SAMPLES)
+def test_saved_tensors_may_come_back_elsewhere(name):
+    """A hook such as offloading keeps values, not strides, addresses or that two arguments are one tensor."""
+    case = SAMPLES[name]
+    inputs = make_inputs(case)
+    want = run(case, inputs)
+    with torch.autograd.graph.saved_tensors_hooks(_elsewhere, lambda x: x):
+        got = run(case, inputs)
+    for key, value in want.items():
+        assert value is None or torch.equal(got[key], value), key
 
 
 BACKENDS = [

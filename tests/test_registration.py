@@ -9,7 +9,7 @@ import textwrap
 import pytest
 
 import triton_attention_sink_hf
-from triton_attention_sink_hf.integrations.transformers import NAME, path_problem, register, registered_names
+from triton_attention_sink_hf.registration import NAME, path_problem, register, registered_names
 
 FOLDER = os.path.dirname(os.path.abspath(triton_attention_sink_hf.__file__))
 needs_transformers = pytest.mark.skipif(
@@ -39,7 +39,7 @@ def test_importing_registers_and_never_touches_a_gpu():
         """
         import torch, triton_attention_sink_hf
         from transformers import AttentionInterface, AttentionMaskInterface
-        from triton_attention_sink_hf.integrations.transformers import registered_names
+        from triton_attention_sink_hf.registration import registered_names
         for name in registered_names():
             assert name in AttentionInterface().valid_keys() and name in AttentionMaskInterface().valid_keys(), name
         assert not torch.cuda.is_initialized()
@@ -149,7 +149,7 @@ def test_the_functional_api_works_without_transformers():
         import torch, triton_attention_sink_hf as package
         q = torch.randn(1, 4, 2, 16)
         assert package.attention_sink(q, q, q, torch.zeros(2)).shape == q.shape
-        from triton_attention_sink_hf.integrations.transformers import register
+        from triton_attention_sink_hf.registration import register
         try:
             register()
         except ImportError as error:

@@ -36,6 +36,6 @@ def test_interpreted_kernels_go_through_triton():
     triton = pytest.importorskip("triton")
     if not triton.knobs.runtime.interpret:
         pytest.skip("needs TRITON_INTERPRET=1")
-    from triton_attention_sink_hf.implementations.triton.reduce import _launch
+    from triton_attention_sink_hf.implementations.common.reduce import _launch
 
     assert _launch(3, 8)._again is None

@@ -197,7 +197,7 @@ def test_errors_do_not_depend_on_assertions():
 
 
 HAZARDS = {
-    # equal as keys, or of one layout, and yet not what was checked before
+    # equal as keys, or of one memo, and yet not what was checked before
     "causal": ({}, {"causal": 1}, "causal must be a bool"),
     "window": ({"window_size": (3, 0)}, {"window_size": (3.0, 0)}, "window_size must be a pair of ints"),
     "scale": ({"softmax_scale": 1.0}, {"softmax_scale": True}, "softmax_scale must be a float"),
@@ -224,27 +224,27 @@ def test_what_was_checked_before_hides_nothing(name):
     attention_sink(**good)
 
 
-def test_layouts_tell_calls_apart():
-    """Whatever may change a check, the choice of kernels or a launch leads to another layout."""
-    from triton_attention_sink_hf.call import layout_of
+def test_memos_tell_calls_apart():
+    """Whatever may change a check, the choice of kernels or a launch leads to another memo."""
+    from triton_attention_sink_hf.call import memo_of
 
     x = torch.zeros(1, 8, 2, 17)
-    same = layout_of((x[..., :16], None), 1, 0)
-    assert layout_of((torch.zeros(1, 8, 2, 17)[..., :16], None), 1, 0) is same
+    same = memo_of((x[..., :16], None), (1, 0))
+    assert memo_of((torch.zeros(1, 8, 2, 17)[..., :16], None), (1, 0)) is same
     others = [
-        layout_of((x[..., 1:], None), 1, 0),  # an address that is no multiple of 16
-        layout_of((x[..., :16].contiguous(), None), 1, 0),
-        layout_of((x[..., :16].to(torch.float16, memory_format=torch.preserve_format), None), 1, 0),
-        layout_of((x[:, :7, :, :16], None), 1, 0),
-        layout_of((x[..., :16].to("meta"), None), 1, 0),
-        layout_of((x[..., :16], x), 1, 0),
-        layout_of((None, x[..., :16]), 1, 0),
-        layout_of((x[..., :16], None), 1, -1),
+        memo_of((x[..., 1:], None), (1, 0)),  # an address that is no multiple of 16
+        memo_of((x[..., :16].contiguous(), None), (1, 0)),
+        memo_of((x[..., :16].to(torch.float16, memory_format=torch.preserve_format), None), (1, 0)),
+        memo_of((x[:, :7, :, :16], None), (1, 0)),
+        memo_of((x[..., :16].to("meta"), None), (1, 0)),
+        memo_of((x[..., :16], x), (1, 0)),
+        memo_of((None, x[..., :16]), (1, 0)),
+        memo_of((x[..., :16], None), (1, -1)),
     ]
-    assert len({id(layout) for layout in (same, *others)}) == 1 + len(others)
+    assert len({id(memo) for memo in (same, *others)}) == 1 + len(others)
 
 
-def test_a_subclass_has_no_layout():
+def test_a_subclass_has_no_memo():
     """Its operations may be anything, so it takes the operator, and every check at each call."""
     from triton_attention_sink_hf.call import traced
 

@@ -13,9 +13,10 @@ from transformers import AttentionInterface, AttentionMaskInterface  # noqa: E40
 from typer.testing import CliRunner  # noqa: E402
 
 import triton_attention_sink_hf  # noqa: E402, F401  registers the name
-from triton_attention_sink_hf import verify as module  # noqa: E402
 from triton_attention_sink_hf.cli import app  # noqa: E402
-from triton_attention_sink_hf.verify import Routing, verify  # noqa: E402
+from triton_attention_sink_hf.verify import models as loading  # noqa: E402
+from triton_attention_sink_hf.verify import passes, verify  # noqa: E402
+from triton_attention_sink_hf.verify.routing import Routing  # noqa: E402
 
 OURS = "triton_attention_sink"
 DEMO = Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"
@@ -138,7 +139,7 @@ def test_out_of_memory_is_no_verdict(models, monkeypatch):
     def too_large(*arguments):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2 GiB.")
 
-    monkeypatch.setattr(module, "_packed", too_large)
+    monkeypatch.setattr(passes, "packed", too_large)
     result = CliRunner().invoke(app, ["verify", "--model", str(models / "gpt_oss")], catch_exceptions=False)
     assert result.exit_code == 2 and "does not fit: CUDA out of memory" in result.stderr
 
@@ -148,7 +149,7 @@ def test_an_attention_that_crashes_fails(models, monkeypatch, error):
     def crash(*arguments):
         raise error
 
-    monkeypatch.setattr(module, "_packed", crash)
+    monkeypatch.setattr(passes, "packed", crash)
     code, printed = command("--model", models / "gpt_oss")
     assert code == 1 and f"FAIL: {type(error).__name__}" in printed
 
@@ -162,7 +163,7 @@ def test_a_model_that_ours_refuses_fails_with_the_reason(tmp_path):
 
 
 def test_what_does_not_fit_is_refused_before_loading(models, monkeypatch):
-    monkeypatch.setattr(module, "_count", lambda config: 10**15)
+    monkeypatch.setattr(loading, "count_parameters", lambda config: 10**15)
     with pytest.raises(ValueError, match="pass --layers"):
         verify(str(models / "gpt_oss"))
 

@@ -33,7 +33,7 @@ def _register_with_transformers() -> None:
     if "transformers" not in sys.modules and importlib.util.find_spec("transformers") is None:
         return
     try:
-        from .integrations.transformers import register
+        from .registration import register
 
         register()
     except ImportError as error:

@@ -96,7 +96,7 @@ def check_gqa() -> str:
 
 def check_path() -> str:
     """transformers builds a tiny gpt-oss from this folder's absolute path; it equals eager, gradients included."""
-    from .integrations.transformers import path_problem
+    from .registration import path_problem
 
     path = f"{FOLDER.absolute()}"
     problem = path_problem(path)

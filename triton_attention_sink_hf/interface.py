@@ -8,9 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .call import Call, layout_of, traced
+from .call import Call, Tensors, memo_of, traced
 from .implementations import KERNELS, REFERENCE, fastest, unsupported_reason
-from .masks import Mask
 from .reference import reference_attention
 from .validation import check_options, check_tensors, readable
 
@@ -84,10 +83,9 @@ def attention_sink(
     Raises:
         ValueError, TypeError: an argument that cannot be honoured, before any kernel starts.
     """
-    call = _prepare(
-        q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
-    )  # fmt: skip
+    q, k, v = follow_autocast(q, k, v)
+    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     name = _choose(call, implementation)
     if name == REFERENCE:
         if implementation == "auto" and q.device.type not in ("cpu", "meta"):
@@ -123,45 +121,42 @@ def explain(
     deterministic: bool | None = None,
 ) -> Explanation:
     """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
-    call = _prepare(
-        q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
-        max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
-    )  # fmt: skip
+    q, k, v = follow_autocast(q, k, v)
+    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
     return Explanation(fastest(call), reasons)
 
 
-def _prepare(
-    q, k, v, sinks, causal, window_size, softmax_scale, softcap, cu_seqlens_q, cu_seqlens_k,
-    max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k, deterministic,
-) -> Call:  # fmt: skip
-    # at each call, since 1, 1.0 and True would share a layout
+def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_scale, softcap, deterministic) -> Call:
+    """Check the arguments, fill in the defaults, and give packed rows a batch dimension of 1.
+
+    Args:
+        tensors: in the order of ``Call.tensors``. max_seqlens: of queries and keys.
+    """
+    # On every call: 1, 1.0 and True hash alike, so the memo cannot tell them apart.
     check_options(causal, window_size, softmax_scale, softcap, deterministic)
     left, right = window_size[0], 0 if causal else window_size[1]
     if deterministic is None:
         deterministic = torch.are_deterministic_algorithms_enabled()
-    q, k, v = follow_autocast(q, k, v)
-    shared = cu_seqlens_q is cu_seqlens_k
-    tensors = (q, k, v, sinks, cu_seqlens_q, None if shared else cu_seqlens_k, key_padding_mask, seqused_k)
-    layout = None
+    options = (left, right, softmax_scale, softcap, deterministic)
+    memo = None
     if not traced(*tensors):
-        layout = layout_of(
-            tensors, left, right, softmax_scale, softcap, deterministic, shared, type(max_seqlen_q), type(max_seqlen_k)
-        )
-    values = seqused_k if cu_seqlens_q is None else cu_seqlens_q
-    if layout is None or not layout.checked or (values is not None and readable(values)):
-        check_tensors(
-            q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k, key_padding_mask, seqused_k
-        )
-        if layout is not None:
-            layout.checked = True
-    if softmax_scale is None:
-        softmax_scale = q.shape[-1] ** -0.5
-    if cu_seqlens_q is not None:
-        q, k, v = q.unsqueeze(0), k.unsqueeze(0), v.unsqueeze(0)
-        key_padding_mask = None if key_padding_mask is None else key_padding_mask.unsqueeze(0)
-    mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    return Call(q, k, v, sinks, mask, float(softmax_scale), float(softcap), deterministic, layout)
+        memo = memo_of(tensors, (options, type(max_seqlens[0]), type(max_seqlens[1])))
+    call = Call.join(tensors, options, memo)
+    mask, packed = call.mask, call.mask.cu_seqlens_q is not None
+    values = mask.cu_seqlens_q if packed else mask.seqused_k
+    if memo is None or not memo.checked or (values is not None and readable(values)):
+        check_tensors(call, max_seqlens)
+        if memo is not None:
+            memo.checked = True
+    call.softmax_scale = float(call.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
+    call.softcap = float(softcap)
+    if packed:
+        call.q, call.k, call.v = call.q.unsqueeze(0), call.k.unsqueeze(0), call.v.unsqueeze(0)
+        if mask.key_padding_mask is not None:
+            mask.key_padding_mask = mask.key_padding_mask.unsqueeze(0)
+    return call
 
 
 def follow_autocast(*tensors: Tensor) -> tuple[Tensor, ...]:
@@ -182,11 +177,11 @@ def _choose(call: Call, implementation: str) -> str:
     """A name; or "auto", where the operator is to choose among the kernels."""
     if not isinstance(implementation, str):
         raise TypeError(f"implementation must be a str, got {implementation!r}")
-    if call.layout is None:
+    if call.memo is None:
         return _find(call, implementation)
-    name = call.layout.implementations.get(implementation)
+    name = call.memo.implementations.get(implementation)
     if name is None:
-        name = call.layout.implementations[implementation] = _find(call, implementation)
+        name = call.memo.implementations[implementation] = _find(call, implementation)
     return name
 
 
@@ -212,7 +207,7 @@ _warn_of_reference._dynamo_marked_constant = True
 def _find(call: Call, implementation: str) -> str:
     names = (*KERNELS, REFERENCE)
     if implementation == "auto":
-        if call.layout is not None:
+        if call.memo is not None:
             return fastest(call)
         # Traced: the operator chooses, since sizes that are compared here would become guards, and more graphs.
         return "auto" if unsupported_reason(KERNELS[-1], call, automatic=True) is None else REFERENCE

@@ -19,7 +19,7 @@ MAX_ROWS = 2**30
 class Mask:
     """Visibility of keys for queries. ``left`` and ``right`` count keys beside the query's own position.
 
-    Nobody changes one; ``frozen`` would only make it slower, at each call.
+    Not ``frozen``, which would cost time on every call. Nothing changes a mask once the call is prepared.
 
     Attributes:
         left: keys before the query's position that it sees; -1 = all of them, as is anything from ``MAX_ROWS`` on.

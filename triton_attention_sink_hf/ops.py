@@ -14,26 +14,18 @@ from torch import Tensor
 from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
-from .call import Call, layout_of, traced
+from .call import N_TENSORS, SCHEMA, Call, Tensors, memo_of, placement, traced
 from .implementations import fastest, load
-from .masks import Mask
 
 
 def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     """Run ``call``. Returns out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32; both differentiable.
 
-    What is traced goes through the operator. Plain eager calls use the same functions as an ``autograd.Function``,
+    A traced call goes through the operator. A plain eager call uses the same functions as an ``autograd.Function``,
     without the host time of the operator's wrappers.
     """
-    q, k, v, mask = call.q, call.k, call.v, call.mask
-    if call.layout is None:
-        tensors = (
-            q, k, v, call.sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k
-        )  # fmt: skip
-        if traced(*tensors):
-            return attention_forward(
-                *tensors, mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation
-            )
+    if call.memo is None and traced(*call.tensors()):
+        return attention_forward(*call.tensors(), *call.options(), implementation)
     if _are_functorch_transforms_active():
         raise NotImplementedError(
             "attention_sink was called inside a transform of functorch (torch.func.grad, vmap, jvp, ...), which its "
@@ -41,8 +33,8 @@ def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
         )
     if _differentiated(call):
         # tensors that have left a transform need what apply does about them
-        apply = _Attention.apply if call.layout is None else _Attention.apply_untransformed
-        return apply(q, k, v, call.sinks, call, implementation)
+        apply = _Attention.apply if call.memo is None else _Attention.apply_untransformed
+        return apply(call.q, call.k, call.v, call.sinks, call, implementation)
     return _run_forward(call, implementation)
 
 
@@ -53,33 +45,6 @@ def _differentiated(call: Call) -> bool:
     return (needed and torch.is_grad_enabled()) or forward_ad._current_level >= 0
 
 
-def _forward(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seqused_k: Tensor | None,
-    left: int,
-    right: int,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    implementation: str,
-) -> tuple[Tensor, Tensor]:
-    _no_dual_level()
-    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    return _run_forward(_call(tensors, left, right, softmax_scale, softcap, deterministic), implementation)
-
-
-def _call(tensors: tuple[Tensor | None, ...], left, right, softmax_scale, softcap, deterministic) -> Call:
-    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, *_ = tensors
-    layout = layout_of(tensors, left, right, softmax_scale, softcap, deterministic, cu_seqlens_q is cu_seqlens_k)
-    return Call(q, k, v, sinks, Mask(left, right, *tensors[4:]), softmax_scale, softcap, deterministic, layout)
-
-
 def _run_forward(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     out, lse = _empty_outputs(call.q, call.v)
     with torch.cuda.device_of(call.q):  # Triton launches on the current device
@@ -88,16 +53,33 @@ def _run_forward(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
 
 
 def _backend(call: Call, implementation: str) -> ModuleType:
-    """ "auto" came from a call that was traced; another name is taken."""
+    """The implementation's module. Only a traced call leaves "auto" to be decided here."""
     if implementation != "auto":
         return load(implementation)
-    known = {} if call.layout is None else call.layout.implementations
+    known = {} if call.memo is None else call.memo.implementations
     if "auto" not in known:
         known["auto"] = fastest(call)
     return load(known["auto"])
 
 
-attention_forward = torch.library.custom_op("triton_attention_sink::attention_forward", _forward, mutates_args=())
+def _forward(*inputs) -> tuple[Tensor, Tensor]:
+    _no_dual_level()
+    *fields, implementation = inputs
+    return _run_forward(_joined(fields), implementation)
+
+
+def _joined(fields: list) -> Call:
+    """The call of an operator's arguments. A memo cannot be one of them."""
+    tensors, options = tuple(fields[:N_TENSORS]), tuple(fields[N_TENSORS:])
+    return Call.join(tensors, options, memo_of(tensors, options))
+
+
+attention_forward = torch.library.custom_op(
+    "triton_attention_sink::attention_forward",
+    _forward,
+    mutates_args=(),
+    schema=f"({SCHEMA}, str implementation) -> (Tensor, Tensor)",
+)
 
 
 @attention_forward.register_fake
@@ -124,41 +106,33 @@ def _empty_outputs(q: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _gradients(
-    dout: Tensor | None,
-    dlse: Tensor | None,
-    out: Tensor,
-    lse: Tensor,
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    key_padding_mask: Tensor | None,
-    seqused_k: Tensor | None,
-    left: int,
-    right: int,
-    softmax_scale: float,
-    softcap: float,
-    deterministic: bool,
-    implementation: str,
-    need_dkv: bool,
+    dout: Tensor | None, dlse: Tensor | None, out: Tensor, lse: Tensor, call: Call, implementation: str, need_dkv: bool
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """dq, dk, dv, dsinks (Hq,) in their inputs' dtypes. Without ``need_dkv`` dk and dv are empty, as is dsinks
     without sinks."""
-    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-    call = _call(tensors, left, right, softmax_scale, softcap, deterministic)
-    dq, dk, dv, dsinks = _empty_gradients(q, k, v, sinks, need_dkv)
+    dq, dk, dv, dsinks = _empty_gradients(call.q, call.k, call.v, call.sinks, need_dkv)
     dout = torch.zeros_like(out) if dout is None else dout
-    with torch.cuda.device_of(q):
+    lse = lse.contiguous()  # as the kernels wrote it; a saved-tensor hook may have changed that
+    with torch.cuda.device_of(call.q):
         _backend(call, implementation).run_backward(
             call, out, lse, dout, dlse, dq, dk if need_dkv else None, dv if need_dkv else None,
-            None if sinks is None else dsinks,
+            None if call.sinks is None else dsinks,
         )  # fmt: skip
     return dq, dk, dv, dsinks
 
 
-attention_backward = torch.library.custom_op("triton_attention_sink::attention_backward", _gradients, mutates_args=())
+def _backward(dout, dlse, out, lse, *inputs) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    *fields, implementation, need_dkv = inputs
+    return _gradients(dout, dlse, out, lse, _joined(fields), implementation, need_dkv)
+
+
+attention_backward = torch.library.custom_op(
+    "triton_attention_sink::attention_backward",
+    _backward,
+    mutates_args=(),
+    schema=f"(Tensor? dout, Tensor? dlse, Tensor out, Tensor lse, {SCHEMA}, str implementation, bool need_dkv)"
+    " -> (Tensor, Tensor, Tensor, Tensor)",
+)
 
 
 @attention_backward.register_fake
@@ -172,19 +146,23 @@ def _empty_gradients(q, k, v, sinks, need_dkv) -> tuple[Tensor, Tensor, Tensor, 
     return torch.empty_like(q), dk, dv, dsinks
 
 
-def _save_for_backward(ctx, inputs, output):
-    ctx.save_for_backward(*output, *inputs[:8])
-    ctx.options = inputs[8:]
+def _save(ctx, output: tuple[Tensor, Tensor], tensors: Tensors, rest: tuple) -> None:
+    """rest: ``Call.options()``, the implementation, the memo."""
+    ctx.save_for_backward(*output, *tensors)
+    ctx.rest = rest
     ctx.set_materialize_grads(False)
 
 
-def _backward_with(gradients, n_inputs, ctx, dout, dlse):
-    """A gradient for each input; those after q, k, v and sinks have none."""
+def _differentiate(gradients, n_inputs: int, ctx, dout: Tensor | None, dlse: Tensor | None) -> tuple:
+    """A gradient for each input; those after q, k, v and sinks have none.
+
+    ``gradients(ctx, dout, dlse, out, lse, tensors, need_dkv)`` gives dq, dk, dv, dsinks.
+    """
     if dout is None and dlse is None:
         return (None,) * n_inputs
-    out, lse, q, k, v, sinks, *mask = ctx.saved_tensors
+    out, lse, *tensors = ctx.saved_tensors
     need_q, need_k, need_v, need_sinks = ctx.needs_input_grad[:4]
-    dq, dk, dv, dsinks = gradients(dout, dlse, out, lse, q, k, v, sinks, *mask, *ctx.options, need_k or need_v)
+    dq, dk, dv, dsinks = gradients(ctx, dout, dlse, out, lse, tensors, need_k or need_v)
     return (
         dq if need_q else None,
         dk if need_k else None,
@@ -201,43 +179,61 @@ def _refuse_second_derivative(ctx, *_):
     )
 
 
-attention_forward.register_autograd(partial(_backward_with, attention_backward, 14), setup_context=_save_for_backward)
+def _operators_gradients(ctx, dout, dlse, out, lse, tensors, need_dkv):
+    options, implementation, _ = ctx.rest
+    return attention_backward(dout, dlse, out, lse, *tensors, *options, implementation, need_dkv)
 
 
+def _save_inputs(ctx, inputs, output) -> None:
+    *fields, implementation = inputs
+    _save(ctx, output, fields[:N_TENSORS], (fields[N_TENSORS:], implementation, None))
+
+
+attention_forward.register_autograd(
+    partial(_differentiate, _operators_gradients, len(attention_forward._opoverload._schema.arguments)),
+    setup_context=_save_inputs,
+)
 attention_backward.register_autograd(_refuse_second_derivative)
 
 
-class _Gradients(torch.autograd.Function):
-    """``_gradients`` under create_graph=True: they hang on all that they depend on, so whoever differentiates them
-    along any path meets the refusal."""
-
-    @staticmethod
-    def forward(ctx, *arguments):
-        return _gradients(*arguments)
-
-    backward = staticmethod(_refuse_second_derivative)
-
-
 class _Attention(torch.autograd.Function):
-    """The eager twin of the operators above."""
+    """The eager twin of the operators above. Its backward keeps the forward's memo."""
 
     @staticmethod
     def forward(ctx, q, k, v, sinks, call, implementation):
-        mask = call.mask
         output = _run_forward(call, implementation)
-        inputs = (
-            q, k, v, sinks, mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-            mask.left, mask.right, call.softmax_scale, call.softcap, call.deterministic, implementation,
-        )  # fmt: skip
-        _save_for_backward(ctx, inputs, output)
+        tensors, memo = (q, k, v, sinks, *call.tensors()[4:]), call.memo
+        if memo is not None and memo.placement is None:
+            memo.placement = placement(tensors)
+        _save(ctx, output, tensors, (call.options(), implementation, memo))
         return output
 
     @staticmethod
     def backward(ctx, dout, dlse):
-        return _backward_with(_Gradients.apply if torch.is_grad_enabled() else _gradients, 6, ctx, dout, dlse)
+        return _differentiate(_eager_gradients, 6, ctx, dout, dlse)
 
     jvp = staticmethod(_refuse_forward_mode)
 
 
 # what Function.apply calls when it has found neither a functorch transform nor a tensor that has left one
 _Attention.apply_untransformed = super(torch.autograd.Function, _Attention).apply
+
+
+def _eager_gradients(ctx, dout, dlse, out, lse, tensors, need_dkv):
+    """As ``_operators_gradients``, with the forward's memo unless a saved-tensor hook moved a tensor."""
+    options, implementation, memo = ctx.rest
+    if memo is None or not memo.serves(tensors):
+        memo = memo_of(tensors, options)
+    compute = partial(_gradients, dout, dlse, out, lse, Call.join(tensors, options, memo), implementation, need_dkv)
+    return _Gradients.apply(compute, dout, dlse, out, lse, *tensors) if torch.is_grad_enabled() else compute()
+
+
+class _Gradients(torch.autograd.Function):
+    """``compute()`` under create_graph=True: its result hangs on all that it depends on, so whoever differentiates it
+    along any path meets the refusal."""
+
+    @staticmethod
+    def forward(ctx, compute, *dependencies):
+        return compute()
+
+    backward = staticmethod(_refuse_second_derivative)

@@ -8,6 +8,8 @@ import os
 import torch
 from torch import Tensor
 
+from .call import Call
+
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
 CHECK_VARIABLE = "TRITON_ATTENTION_SINK_CHECK"
 
@@ -32,19 +34,12 @@ def check_options(
         raise ValueError(f"softcap must be >= 0, got {softcap}")
 
 
-def check_tensors(
-    q: Tensor,
-    k: Tensor,
-    v: Tensor,
-    sinks: Tensor | None,
-    cu_seqlens_q: Tensor | None,
-    cu_seqlens_k: Tensor | None,
-    max_seqlen_q: int | Tensor | None,
-    max_seqlen_k: int | Tensor | None,
-    key_padding_mask: Tensor | None,
-    seqused_k: Tensor | None,
-) -> None:
-    """The same for the tensors: how they are laid out, and where they are ``readable`` the values of a mask."""
+def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tensor | None]) -> None:
+    """The same for the tensors: how they are laid out, and where they are ``readable`` the values of a mask.
+
+    ``call``: packed rows without a batch dimension. ``max_seqlens``: of queries and keys.
+    """
+    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k = call.tensors()
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_qkv(q, k, v, packed)
     device = q.device
@@ -59,7 +54,7 @@ def check_tensors(
     if packed:
         if seqused_k is not None:
             raise ValueError("seqused_k must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
-        _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, max_seqlen_q, max_seqlen_k)
+        _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, *max_seqlens)
     if key_padding_mask is not None:
         _check_tensor("key_padding_mask", key_padding_mask, device)
         if key_padding_mask.dtype != torch.bool:

@@ -149,7 +149,7 @@ def checks() -> list[dict]:
 
 def config_lines() -> dict:
     """What to paste into a config for this installation; ``path_problem``: why the path cannot be used, or None."""
-    from ..integrations.transformers import NAME, path_problem
+    from ..registration import NAME, path_problem
 
     return {
         "name": f"attn_implementation: {NAME}",

@@ -1,1 +1,1 @@
-"""What ties the package to its host frameworks: one file each. Importing this package imports none of them."""
+"""What the host frameworks tell a layer beside q, k and v, one file per source. Imports none of the hosts."""

@@ -12,9 +12,9 @@ except ImportError as error:
 
 from ...call import Call
 from ...masks import MAX_ROWS
+from ..common.problem import MAX_PACK, Problem
 from .backward import launch_backward
 from .forward import launch_forward
-from .launch import MAX_PACK, Problem
 
 _INTERPRETED = triton.knobs.runtime.interpret  # Triton decides when it meets a kernel, which was at the imports above
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)

@@ -13,12 +13,12 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ..common.masks import key_interval, query_interval, tile_plan
+from ..common.primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
+from ..common.problem import Problem, ceil_div, dlse_arguments, planned, strides, token_blocks, use_tma
+from ..common.reduce import sum_rows
+from ..common.relaunch import Blocks, Launch
 from .config import dkv_config, dq_config
-from .launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
-from .masks import key_interval, query_interval, tile_plan
-from .primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
-from .reduce import sum_rows
-from .relaunch import Blocks, Launch
 
 MIN_TMA_PACK = 4  # a copied row is at least 16 bytes
 
@@ -384,12 +384,6 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
         num_stages=config.num_stages,
     )
     return launch, tma
-
-
-def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
-    """Strides of dlse (B, Hq, Sq), and whether there is one."""
-    b, h, t = stride or (0, 0, 0)
-    return {"stride_dlb": b, "stride_dlh": h, "stride_dlt": t, "HAS_DLSE": stride is not None}
 
 
 def statistics_strides(problem: Problem) -> dict:

@@ -88,7 +88,7 @@ _CDNA = {
         "fp32 wide": KernelConfig(16, 16, 4, 1),
     },
 }
-# Measured on an H100 (benchmarks/NOTES.md). Some keep a few registers in memory and are still the fastest tiles.
+# Measured on an H100 (benchmarks/LOG.md). Some keep a few registers in memory and are still the fastest tiles.
 _HOPPER = {
     "forward": {"medium": KernelConfig(128, 64, 8, 3), "wide": KernelConfig(128, 64, 8, 2)},
     "dq": {

@@ -3,11 +3,11 @@
 import triton
 import triton.language as tl
 
+from ..common.masks import query_interval, tile_plan
+from ..common.primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+from ..common.problem import Problem, ceil_div, planned, strides
+from ..common.relaunch import Launch
 from .config import forward_config
-from .launch import Problem, ceil_div, planned, strides
-from .masks import query_interval, tile_plan
-from .primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
-from .relaunch import Launch
 
 
 @triton.jit

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor
 
 from .. import triton as portable
-from ..triton.launch import Problem, addressable, target_name
+from ..common.problem import Problem, addressable, target_name
 from .config import MAX_FUSED_DIM, MIN_QUERIES, TARGETS, TRITON_VERSIONS, triton_version
 
 if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
@@ -17,7 +17,7 @@ if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
     )
 
 from ...call import Call
-from . import backward, wide
+from . import backward, backward_wide
 from .forward import launch_forward
 
 
@@ -80,7 +80,7 @@ def run_backward(
     if not (out.numel() and call.k.numel()) or (fused and dk is None):
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)
         return
-    launch = backward.launch_backward if fused else wide.launch_backward
+    launch = backward.launch_backward if fused else backward_wide.launch_backward
     launch(Problem(call), out, lse, dout if addressable(dout) else dout.contiguous(), dlse, dq, dk, dv, dsinks)
 
 

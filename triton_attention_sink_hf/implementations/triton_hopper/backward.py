@@ -6,7 +6,7 @@ dq: dS K as an fp32 tile that the copy engine adds to a buffer in memory. So no 
 of a dS slot says two things: dS is there, and both consumers are done with the q and dout of that block.
 
 dk, dv and dsink have a fixed order; dq has none (the order in which tiles arrive), hence no place where determinism is
-asked for. Before the kernel ``statistics.py`` runs (delta, lse in base 2, dsink, zeros for dq), after it
+asked for. Before the kernel ``backward_preprocess.py`` runs (delta, lse in base 2, dsink, zeros for dq), after it
 ``_finish`` (dq in its own dtype).
 """
 
@@ -23,15 +23,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, planned, strides
-from ..triton.primitives import LOG2E
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
+from ..common.primitives import LOG2E
+from ..common.problem import Problem, ceil_div, planned, strides
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
+from .backward_preprocess import ALIGN, ROWS, new_statistics, prepare_launch, statistics_blocks
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import async_atomic_add, async_load, thread_barrier
-from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import hide, is_surplus, key_tile, seeing_queries
-from .statistics import ALIGN, ROWS, new_statistics, prepare_launch, statistics_blocks
+from .launch import call_constants, row_blocks, section_of_heads
+from .tile_table import is_surplus, key_tile, table_slots, tile_table
+from .vocabulary import hide, seeing_queries, store_rows
 
 BLOCK_M = 64  # queries of a block, and keys of a consumer
 KEYS = 128  # keys of a program
@@ -152,19 +153,6 @@ def _loader_and_dq(
             i = 0
             head += 1
     tma.store_wait(0)
-
-
-@gluon.jit
-def store_rows(
-    ptr, x, first, end, b, head, stride_b, stride_t: gl.constexpr, stride_h, D: gl.constexpr, BLOCK_D: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """64 rows from ``first`` on of one head; those from ``end`` on and columns past D are not written."""
-    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    base = ptr + b.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
-    inside = (rows < end)[:, None] & (d < D)[None, :]
-    gl.store(base + rows.to(gl.int64)[:, None] * stride_t + d[None, :], x.to(ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit

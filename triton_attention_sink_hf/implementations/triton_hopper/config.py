@@ -1,11 +1,11 @@
-"""Tiles of the Hopper kernels, measured on an H100 with triton 3.6 (``benchmarks/NOTES.md``)."""
+"""Tiles of the Hopper kernels, measured on an H100 with triton 3.6 (``benchmarks/LOG.md``)."""
 
 from __future__ import annotations
 
 from typing import NamedTuple
 
-from ..triton.launch import Problem
-from ..triton.relaunch import TRITON
+from ..common.problem import Problem
+from ..common.relaunch import TRITON
 
 TARGETS = ("sm90",)
 TRITON_VERSIONS = ((3, 6), (3, 9))  # Gluon's interface moves; these are compiled in the tests

@@ -16,13 +16,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, multiprocessors, planned, strides
-from ..triton.primitives import LN2, LOG2E
-from ..triton.relaunch import Launch
+from ..common.primitives import LN2, LOG2E
+from ..common.problem import Problem, ceil_div, multiprocessors, planned, strides
+from ..common.relaunch import Launch
 from .config import forward_config
-from .gluon_compat import async_load, hidden_zero
-from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import block_range, interval, own_blocks, persistent_item, tile_count, work_item
+from .gluon_compat import async_load
+from .launch import call_constants, row_blocks, section_of_heads
+from .tile_table import persistent_item, table_slots, tile_count, tile_table, work_item
+from .vocabulary import block_range, interval, opaque_zero, own_blocks
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # of fp32
@@ -167,8 +168,8 @@ def _step(
 
 @gluon.jit
 def _queries(buffer, q_smem, BLOCK_D: gl.constexpr):
-    """The operand for one loop or branch; each asks for its own (see ``hidden_zero``)."""
-    return q_smem.index(buffer + hidden_zero()).reshape([64, BLOCK_D])
+    """The operand for one loop or branch; each asks for its own (see ``opaque_zero``)."""
+    return q_smem.index(buffer + opaque_zero()).reshape([64, BLOCK_D])
 
 
 @gluon.jit

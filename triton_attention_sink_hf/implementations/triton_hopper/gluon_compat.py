@@ -1,6 +1,5 @@
-"""What is called otherwise in triton 3.6 than in later releases, and what gets around its assembler."""
+"""What is called otherwise in triton 3.6 than in later releases."""
 
-from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -23,13 +22,3 @@ else:
 
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
-
-
-@gluon.jit
-def hidden_zero():
-    """0, unknown to the compilers: added to the index of an operand in shared memory, anew in every loop or branch.
-
-    Triton 3.6's ptxas else computes what it needs to address the operand in the first of them alone, and uses it in the
-    next one too, also where the first was skipped. ``tests/sass.py`` finds such kernels.
-    """
-    return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)

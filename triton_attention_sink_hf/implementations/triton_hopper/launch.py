@@ -1,17 +1,15 @@
-"""What both directions share on the host: descriptors, sections of heads, the order of packed tiles."""
+"""What both directions share on the host: descriptors, arguments, sections of heads."""
 
 from __future__ import annotations
 
 import functools
 
 import torch
-from torch import Tensor
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..triton.launch import MAX_PLANS, Problem, ceil_div, next_power_of_2
-from ..triton.relaunch import Blocks, Launch
-from .schedule import _tile_table_kernel
+from ..common.problem import Problem, next_power_of_2
+from ..common.relaunch import Blocks
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -84,41 +82,3 @@ def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
     while total % (section * 2) == 0 and section * 2 // group * problem.seqlen_k <= keys:
         section *= 2
     return section
-
-
-def table_slots(rows: int, tile: int) -> int:
-    """Upper bound of the tiles of packed rows, however many segments there are."""
-    return 3 * ceil_div(rows, tile)
-
-
-def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
-    """Tiles of packed rows, most visible scores first, without a host synchronisation.
-
-    Segments of ``tile`` rows and more have their own tiles, from their first row on; shorter ones share a tile.
-
-    Args:
-        ranges: ``Problem.ranges`` of the side that has the rows.
-
-    Returns:
-        int32 (1 + 2 slots): the number of tiles, their first rows, the ends of their rows (a tile ends there or after
-        ``tile`` rows).
-    """
-    table = ranges.new_empty(1 + 2 * table_slots(rows, tile))
-    _table_launch(rows, tile)(table_ptr=table, ranges_ptr=ranges)
-    return table
-
-
-@functools.lru_cache(MAX_PLANS)
-def _table_launch(rows: int, tile: int) -> Launch:
-    slots = table_slots(rows, tile)
-    block = 32
-    return Launch(
-        _tile_table_kernel,
-        (ceil_div(slots, block),),
-        n_rows=rows,
-        slots=slots,
-        TILE=tile,
-        BLOCK=block,
-        OTHERS=512,  # each round waits for two loads that depend on each other
-        num_warps=8,
-    )

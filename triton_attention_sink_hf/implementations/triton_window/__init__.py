@@ -10,7 +10,7 @@ from torch import Tensor
 
 from ...call import Call
 from .. import triton as portable
-from ..triton.launch import Problem, target_name
+from ..common.problem import Problem, target_name
 from .backward import launch_backward
 from .config import MAX_LEFT, TARGETS
 from .forward import launch_forward
@@ -72,7 +72,7 @@ def run_backward(
 def _hopper_backward() -> ModuleType | None:
     """The backward in one Gluon kernel; None where the installed Triton's Gluon is not known."""
     try:
-        from . import hopper_backward
+        from ..triton_hopper import backward_window
     except ImportError:
         return None
-    return hopper_backward
+    return backward_window

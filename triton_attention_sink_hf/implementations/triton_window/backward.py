@@ -9,12 +9,11 @@ that neither the mask nor the subtraction costs anything after them.
 import triton
 import triton.language as tl
 
-from ..triton.backward import dlse_arguments
-from ..triton.launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
-from ..triton.masks import key_interval, query_interval
-from ..triton.primitives import LOG2E, exp, matmul, store_tile
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
+from ..common.masks import key_interval, query_interval
+from ..common.primitives import LOG2E, exp, matmul, store_tile
+from ..common.problem import Problem, ceil_div, dlse_arguments, planned, strides, token_blocks, use_tma
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
 from .config import band_size, dkv_config, dq_config, programs
 from .forward import load_keys, load_queries, place, starts_among_own, store_queries, window_arguments
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from ..triton.launch import multiprocessors, next_power_of_2
+from ..common.problem import multiprocessors, next_power_of_2
 
 TARGETS = ("sm90", "cpu")  # where the numbers below were measured, and the interpreter
 MAX_LEFT = 128  # at 64 rows, 144 scores a row in fp32 are what the registers of 4 warps hold

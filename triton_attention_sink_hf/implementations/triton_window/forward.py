@@ -8,10 +8,10 @@ and fetch their next queries into L2 while they compute.
 import triton
 import triton.language as tl
 
-from ..triton.launch import Problem, ceil_div, planned, strides, token_blocks, use_tma
-from ..triton.masks import query_interval
-from ..triton.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
-from ..triton.relaunch import Launch
+from ..common.masks import query_interval
+from ..common.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
+from ..common.problem import Problem, ceil_div, planned, strides, token_blocks, use_tma
+from ..common.relaunch import Launch
 from .config import band_size, forward_config, programs
 
 

@@ -1,15 +1,15 @@
-"""Registration with Hugging Face transformers: the only file that imports it."""
+"""Registration with Hugging Face transformers: the names under which a config finds the wrapper."""
 
 from __future__ import annotations
 
 import os
 
-from ..flash_attention_triton_sink import attention_forward, attention_mask
+from .flash_attention_triton_sink import attention_forward, attention_mask
 
 NAME = "triton_attention_sink"
 MINIMUM = "4.57"
-_PACKAGE = os.path.dirname(os.path.dirname(os.path.abspath(__file__)))
-# transformers 5 looks for these inside a name and replaces the attention of a name that has one.
+_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+# transformers 5 searches names for these words and replaces the attention of a name that contains one.
 _REWRITTEN = ("flash", "sdpa", "flex")
 
 

@@ -7,7 +7,7 @@ registers for as long as it is seen, and leaves dS in shared memory. In every th
 step before, from dS of all three. The first warpgroup loads, and makes of ``out`` and lse what every row starts from.
 
 delta comes from the rounded ``out``, as in every fused backward; dsink from P dP in fp32. Registers are what there is
-least of: 64 a lane hold dk and dv, 64 scores and dP. Hence ``_opaque`` and ``_own_place``.
+least of: 64 a lane hold dk and dv, 64 scores and dP. Hence ``opaque`` and ``_own_place``.
 """
 
 import triton.language as tl
@@ -22,14 +22,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, addressable, ceil_div, multiprocessors, planned, strides
-from ..triton.primitives import LOG2E
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
-from ..triton_hopper.backward import store_rows
-from ..triton_hopper.config import TARGETS
-from ..triton_hopper.gluon_compat import async_load, async_store, thread_barrier
-from ..triton_hopper.launch import row_blocks, token_blocks
+from ..common.primitives import LOG2E
+from ..common.problem import Problem, addressable, ceil_div, multiprocessors, planned, strides
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
+from .config import TARGETS
+from .gluon_compat import async_load, async_store, thread_barrier
+from .launch import row_blocks, token_blocks
+from .vocabulary import opaque, store_rows
 
 ROWS = 64  # of a step
 TILE = 64  # keys of a consumer
@@ -39,17 +39,11 @@ SLOTS = 4  # tiles of keys in shared memory: the three that a step sees, and the
 STAGES = 3  # steps in shared memory
 REGISTERS = 160  # of a lane of a consumer
 GROUPS = (4, 8, 16)  # query heads of a key head: with fewer, tiles change before the next one is there
-# Where the two kernels of backward.py were faster (H200): most of three tiles is hidden, or of the card idle.
+# Where the two kernels of triton_window were faster (H200): most of three tiles is hidden, or of the card idle.
 MIN_LEFT = 65
 MIN_TOKENS = 1024  # of all rows of the batch
 MIN_SEQLEN = 64
 MAX_BATCH = 65535  # third dimension of a grid
-
-
-@gluon.jit
-def _opaque(x):
-    """x, from which the compilers compute no addresses ahead: they would keep a dozen of them in registers."""
-    return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
@@ -127,7 +121,7 @@ def _loader(
         lo_ahead = gl.load(ranges_ptr + row)
         hi_ahead = gl.load(ranges_ptr + seqlen + row)
     for t in range(0, steps):
-        slot = _opaque(t % STAGES)
+        slot = opaque(t % STAGES)
         i = first + t * TOKENS + rows // PACK
         lse = lse_ahead
         lse_ahead = gl.load(lse_base + i + TOKENS, mask=i + TOKENS < seqlen, other=float("-inf"))
@@ -167,7 +161,7 @@ def _publish(due, t, ds_full):
     if due:
         fence_async_shared()
         thread_barrier()
-        mbarrier.arrive(ds_full.index(_opaque(t & 1)), count=1)
+        mbarrier.arrive(ds_full.index(opaque(t & 1)), count=1)
 
 
 @gluon.jit
@@ -180,7 +174,7 @@ def _dq_in_turn(
     _full, _ready, _empty, _kv_full, ds_full, ds_empty = barriers
     TOKENS: gl.constexpr = ROWS // PACK
     if due & (t % 3 == w):
-        buffer = _opaque(t & 1)
+        buffer = opaque(t & 1)
         oldest = t // (TILE // TOKENS)
         dq = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=layout)
         mbarrier.wait(ds_full.index(buffer), (t >> 1) & 1)
@@ -192,7 +186,7 @@ def _dq_in_turn(
         mbarrier.arrive(ds_empty.index(buffer), count=1)
         tma.store_wait(0)
         thread_barrier()
-        tile = dq_smem.index(_opaque(w))  # addressed as dS is, with the same registers
+        tile = dq_smem.index(opaque(w))  # addressed as dS is, with the same registers
         tile.reshape([ROWS, BLOCK_D]).store((dq * softmax_scale).to(tile.dtype))
         fence_async_shared()
         thread_barrier()
@@ -254,9 +248,9 @@ def _consumer(
         kslot = index % SLOTS
         mbarrier.wait(kv_full.index(kslot), (index // SLOTS) & 1)
         for t in tl.range(begin, working, disable_licm=True):
-            slot = _opaque(t % STAGES)
+            slot = opaque(t % STAGES)
             phase = (t // STAGES) & 1
-            buffer = _opaque(t & 1)
+            buffer = opaque(t & 1)
             token = first + t * TOKENS
             k = k_smem.index(kslot).reshape([TILE, BLOCK_D])
             v = v_smem.index(kslot).reshape([TILE, BLOCK_D])
@@ -459,7 +453,7 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
 
 
 def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor | None) -> bool:
-    """Whether this kernel can serve a backward that the two kernels of ``backward.py`` serve, and is faster."""
+    """Whether this kernel can serve a backward that the two kernels of ``triton_window`` serve, and is faster."""
     call = problem.call
     q, k, v = call.q, call.k, call.v
     batch, seqlen = q.shape[:2]

@@ -1,4 +1,4 @@
-"""What the launchers of this backend share: sizes, packing of heads, kernel arguments, ranges of packed rows."""
+"""A call as the launchers see it: sizes, packing of heads, kernel arguments, ranges of packed rows."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ import triton.language as tl
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ...call import Call, Layout
+from ...call import Call, Memo
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -23,13 +23,13 @@ class Problem:
 
     Attributes:
         sinks: (Hq,) without gaps, as the kernels read it, or None.
-        layout: where ``planned`` remembers.
+        memo: where ``planned`` remembers.
     """
 
     def __init__(self, call: Call):
         self.call = call
         self.sinks = None if call.sinks is None else call.sinks.contiguous()
-        self.layout = call.layout or Layout()
+        self.memo = call.memo or Memo()
 
     @property
     def batch(self) -> int:
@@ -86,7 +86,7 @@ class Problem:
         return ranges
 
     def sizes(self) -> dict:
-        """Arguments that every kernel takes and that ``layout`` determines."""
+        """Arguments that every kernel takes and that ``memo`` determines."""
         call, mask = self.call, self.call.mask
         return {
             "softmax_scale": call.softmax_scale,
@@ -153,11 +153,11 @@ def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right
 
 
 def planned(build):
-    """Remember ``build(problem, *rest)`` for the problem's layout: the grid and the constant arguments of a launch."""
+    """Remember ``build(problem, *rest)`` for the problem's memo: the grid and the constant arguments of a launch."""
 
     @functools.wraps(build)
     def plan(problem: Problem, *rest):
-        plans, key = problem.layout.plans, (build, *rest)
+        plans, key = problem.memo.plans, (build, *rest)
         result = plans.get(key)
         if result is None:
             if len(plans) >= MAX_PLANS:
@@ -181,6 +181,12 @@ def strides(name: str, stride: tuple[int, ...]) -> dict:
         f"stride_{name}h": tl.constexpr(h) if h <= t else h,
         f"stride_{name}d": tl.constexpr(d),
     }
+
+
+def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
+    """Strides of dlse (B, Hq, Sq), and whether there is one."""
+    b, h, t = stride or (0, 0, 0)
+    return {"stride_dlb": b, "stride_dlh": h, "stride_dlt": t, "HAS_DLSE": stride is not None}
 
 
 def use_tma(problem: Problem, *tensors: Tensor) -> bool:

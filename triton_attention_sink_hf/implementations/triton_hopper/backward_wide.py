@@ -16,26 +16,16 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..triton.launch import Problem, ceil_div, planned, strides
-from ..triton.primitives import LOG2E
-from ..triton.reduce import sum_rows
-from ..triton.relaunch import Launch
-from .backward import store_rows
+from ..common.primitives import LOG2E
+from ..common.problem import Problem, ceil_div, planned, strides
+from ..common.reduce import sum_rows
+from ..common.relaunch import Launch
+from .backward_preprocess import ALIGN, new_statistics, prepare_launch, statistics_blocks
 from .config import WIDE_L2_BYTES
 from .gluon_compat import async_load
-from .launch import call_constants, row_blocks, section_of_heads, table_slots, tile_table
-from .schedule import (
-    block_range,
-    hide,
-    interval,
-    is_surplus,
-    key_tile,
-    own_blocks,
-    seeing_queries,
-    tile_count,
-    work_item,
-)
-from .statistics import ALIGN, new_statistics, prepare_launch, statistics_blocks
+from .launch import call_constants, row_blocks, section_of_heads
+from .tile_table import is_surplus, key_tile, table_slots, tile_count, tile_table, work_item
+from .vocabulary import block_range, hide, interval, own_blocks, seeing_queries, store_rows
 
 BLOCK = 64  # queries of a block of the dk, dv kernel and keys of one of the dq kernel; keys or queries of a warpgroup
 QUERIES = 128  # of a program of the dq kernel

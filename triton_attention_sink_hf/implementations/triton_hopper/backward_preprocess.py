@@ -4,10 +4,9 @@ import triton
 import triton.language as tl
 from triton.experimental.gluon import language as gl
 
-from ..triton.backward import dlse_arguments
-from ..triton.launch import Problem, ceil_div, next_power_of_2, strides
-from ..triton.primitives import LOG2E, exp
-from ..triton.relaunch import Blocks, Launch
+from ..common.primitives import LOG2E, exp
+from ..common.problem import Problem, ceil_div, dlse_arguments, next_power_of_2, strides
+from ..common.relaunch import Blocks, Launch
 from .launch import copy_blocks
 
 ROWS = 128  # rows of a program

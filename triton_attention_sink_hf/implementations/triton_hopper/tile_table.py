@@ -1,9 +1,18 @@
-"""Which tile a program takes, and which keys or queries its rows see: Gluon's side of ``triton/masks.py``."""
+"""Tiles of rows: the table of those of packed rows, and which tile a program takes."""
+
+from __future__ import annotations
+
+import functools
 
 import triton
 import triton.language as tl
+from torch import Tensor
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+
+from ..common.problem import MAX_PLANS, ceil_div
+from ..common.relaunch import Launch
+from .vocabulary import block_range
 
 
 @gluon.jit
@@ -58,60 +67,6 @@ def work_item(
 
 
 @gluon.jit
-def interval(
-    i, end, ranges_ptr, n_own, n_other, before, after,
-    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """[lo, hi) of the other side's rows for rows ``i``; rows from ``end`` on are as the last one before."""
-    i = gl.minimum(i, end - 1)
-    if PACKED:
-        return gl.load(ranges_ptr + i), gl.load(ranges_ptr + n_own + i)
-    lo = i * 0
-    hi = i * 0 + n_other
-    if HAS_BEFORE:
-        lo = gl.minimum(gl.maximum(i + (n_other - n_own - before), 0), n_other)
-    if HAS_AFTER:
-        hi = gl.maximum(gl.minimum(i + (n_other - n_own + after + 1), n_other), 0)
-    return lo, hi
-
-
-@gluon.jit
-def block_range(
-    first, end, ranges_ptr, n_own, n_other, before, after,
-    TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
-    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """(start, n): n blocks of STEP rows from ``start`` on cover the intervals of rows [first, first + TILE).
-
-    At least one block, so that every tile runs the same pipeline. ``start`` is a multiple of ALIGN.
-    """
-    lo, _ = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
-    _, hi = interval(first + TILE - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
-    start = lo // ALIGN * ALIGN
-    return start, gl.maximum((hi - start + STEP - 1) // STEP, 1)
-
-
-@gluon.jit
-def own_blocks(
-    first, end, start, n, ranges_ptr, n_own, n_other, before, after, ROWS: gl.constexpr, STEP: gl.constexpr,
-    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """What ROWS of a tile's rows need of its n blocks: (stop, edge, full).
-
-    Blocks from ``stop`` on lie outside the intervals of all these rows; blocks edge to edge + full lie in the intervals
-    of all of them and need no mask. Without rows before ``end``, stop = 0.
-    """
-    _, hi_first = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
-    lo_last, hi_last = interval(
-        first + ROWS - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
-    )
-    stop = gl.minimum((hi_last - start + STEP - 1) // STEP, n)
-    edge = gl.minimum((lo_last - start + STEP - 1) // STEP, n)
-    full = gl.maximum(gl.minimum((hi_first - start) // STEP, n) - edge, 0)
-    return gl.where(first < end, stop, 0), edge, full
-
-
-@gluon.jit
 def key_tile(
     sizes, TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
@@ -126,40 +81,6 @@ def key_tile(
         key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, TILE, STEP, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
     )
     return key, end, b, bh - b * heads_k, start, blocks, heads_k, group
-
-
-@gluon.jit
-def seeing_queries(
-    key, end, start, blocks, sizes, KEYS: gl.constexpr, STEP: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Of KEYS keys from ``key`` on: the interval of queries that see each, and ``own_blocks``' edge and full."""
-    ranges_ptr, _table_ptr, seqlen_q, seqlen_k, _heads_k, _group, left, right, _slots, _tiles, _heads, _section = sizes
-    _stop, edge, full = own_blocks(
-        key, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, STEP, HAS_RIGHT, HAS_LEFT, PACKED
-    )
-    keys = key + gl.arange(0, KEYS, layout=layout)
-    lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
-    if PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
-        hi = gl.where(keys < end, hi, 0)
-        if key + KEYS > end:
-            full = 0
-    return lo, hi, edge, full
-
-
-@gluon.jit
-def hide(
-    s, i, start, lo, hi, edge, full, STEP: gl.constexpr, HAS_LO: gl.constexpr, HAS_HI: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """Transposed scores (keys, STEP) of block i of queries, -inf where the key is not seen."""
-    if (i < edge) | (i >= edge + full):
-        m = start + i * STEP + gl.arange(0, STEP, layout=layout)
-        if HAS_LO:
-            s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
-        if HAS_HI:
-            s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
-    return s
 
 
 @triton.jit(do_not_specialize=["n_rows", "slots"])
@@ -217,3 +138,41 @@ def _slot_tile(slot, ranges_ptr, n_rows, TILE: tl.constexpr):
     hi = tl.load(ranges_ptr + n_rows + tl.minimum(first + TILE, end) - 1, mask=filled, other=0)
     work = tl.where(filled, tl.maximum(hi - lo, 0) + 1, 0)
     return tl.where(filled, first, n_rows), tl.where(filled, end, n_rows), work
+
+
+def table_slots(rows: int, tile: int) -> int:
+    """Upper bound of the tiles of packed rows, however many segments there are."""
+    return 3 * ceil_div(rows, tile)
+
+
+def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
+    """Tiles of packed rows, most visible scores first, without a host synchronisation.
+
+    Segments of ``tile`` rows and more have their own tiles, from their first row on; shorter ones share a tile.
+
+    Args:
+        ranges: ``Problem.ranges`` of the side that has the rows.
+
+    Returns:
+        int32 (1 + 2 slots): the number of tiles, their first rows, the ends of their rows (a tile ends there or after
+        ``tile`` rows).
+    """
+    table = ranges.new_empty(1 + 2 * table_slots(rows, tile))
+    _table_launch(rows, tile)(table_ptr=table, ranges_ptr=ranges)
+    return table
+
+
+@functools.lru_cache(MAX_PLANS)
+def _table_launch(rows: int, tile: int) -> Launch:
+    slots = table_slots(rows, tile)
+    block = 32
+    return Launch(
+        _tile_table_kernel,
+        (ceil_div(slots, block),),
+        n_rows=rows,
+        slots=slots,
+        TILE=tile,
+        BLOCK=block,
+        OTHERS=512,  # each round waits for two loads that depend on each other
+        num_warps=8,
+    )

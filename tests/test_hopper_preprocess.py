@@ -7,8 +7,8 @@ from cases import Case, make_inputs
 pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this triton has no Gluon for Hopper")
 
 from triton_attention_sink_hf.call import Call
-from triton_attention_sink_hf.implementations.triton.launch import Problem
-from triton_attention_sink_hf.implementations.triton_hopper.statistics import new_statistics, prepare_launch
+from triton_attention_sink_hf.implementations.common.problem import Problem
+from triton_attention_sink_hf.implementations.triton_hopper.backward_preprocess import new_statistics, prepare_launch
 
 
 @pytest.mark.parametrize("sink", [-1e9, -1e10, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
