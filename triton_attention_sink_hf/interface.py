@@ -11,6 +11,7 @@ from torch import Tensor
 from .call import Call, Tensors, memo_of, traced
 from .implementations import KERNELS, REFERENCE, fastest, unsupported_reason
 from .reference import reference_attention
+from .tracing import constant_result
 from .validation import check_options, check_tensors, readable
 
 
@@ -188,6 +189,7 @@ def _choose(call: Call, implementation: str) -> str:
 _WARNED = set()
 
 
+@constant_result
 def _warn_of_reference(device: str, reason: str) -> None:
     """Once for each reason."""
     if (device, reason) in _WARNED:
@@ -198,10 +200,6 @@ def _warn_of_reference(device: str, reason: str) -> None:
         "grow with Sq * Sk. implementation='triton' makes this an error; explain(...) gives every kernel's reason",
         stacklevel=3,
     )
-
-
-# what torch.compiler.assume_constant_result does: tracing says it too. Not by that, which imports torch._dynamo.
-_warn_of_reference._dynamo_marked_constant = True
 
 
 def _find(call: Call, implementation: str) -> str:

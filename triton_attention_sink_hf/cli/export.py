@@ -18,7 +18,9 @@ OPERATORS = "triton_attention_sink::"
 BUILD = "build/torch-universal"
 LISTING = "export.json"  # the files that export wrote, so that another export replaces these alone
 # What attention_sink and flash_attn_* need: nothing of transformers, nothing of the command line.
-SOURCES = ("call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "validation.py")
+SOURCES = (
+    "call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "tracing.py", "validation.py",
+)  # fmt: skip
 INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
 
 from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
