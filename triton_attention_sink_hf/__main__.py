@@ -24,7 +24,7 @@ def main() -> None:
         print(USAGE)
         raise SystemExit(0 if arguments else 2)
     if sys.flags.ignore_environment or sys.flags.no_site:
-        raise SystemExit(f"python -m {NAME} must run without -E, -I and -S, which ignore PYTHONPATH or what stands there")
+        raise SystemExit(f"python -m {NAME} must run without -E, -I and -S: children find it through PYTHONPATH")
     others = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = f"{LAUNCH}{os.pathsep}{others}" if others else LAUNCH
     os.execv(sys.executable, [sys.executable, *python_flags(sys.orig_argv, arguments), *arguments])

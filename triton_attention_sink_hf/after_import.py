@@ -48,6 +48,8 @@ class _Finder:
         return spec
 
     def _finish(self) -> None:
-        if self in sys.meta_path:
+        try:
             sys.meta_path.remove(self)
-            self.action()
+        except ValueError:  # another thread was faster
+            return
+        self.action()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -33,6 +34,69 @@ class Explanation:
         return "\n".join(lines)
 
 
+@overload
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str = ...,
+) -> Tensor: ...
+@overload
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[True],
+    implementation: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: bool,
+    implementation: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_sink(
     q: Tensor,
     k: Tensor,

@@ -26,6 +26,9 @@ def bench(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("outputs/bench"),
     plots: Annotated[bool, typer.Option(help="Draw forward.png and backward.png (needs matplotlib).")] = True,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="Print the cases and the implementations, time none.")
+    ] = False,
     resume: Annotated[
         bool, typer.Option(help="Keep the cases that bench.json already has from this card, software and commit.")
     ] = False,
@@ -40,6 +43,9 @@ def bench(
     """
     import torch
 
+    if list_cases:
+        _list()
+        return
     if not torch.cuda.is_available():
         refuse("bench needs a GPU that torch can use; none was found")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or what prepare compiles is not found again
@@ -93,6 +99,14 @@ def bench(
         typer.echo("\n".join(f"wrote {output / name}" for name in pictures))
     if any(row["implementation"] == report.OURS and "problem" in row for row in rows):
         raise typer.Exit(1)
+
+
+def _list() -> None:
+    from ..bench.cases import CASES
+    from ..bench.peers import PEERS
+
+    for title, names in (("cases", [case.name for case in CASES]), ("implementations", PEERS)):
+        typer.echo("\n  ".join((title, *names)))
 
 
 def _result(card: dict, rates: dict, rows: list[dict], report) -> bytes:

@@ -21,6 +21,7 @@ LISTING = "export.json"  # the files that export wrote, so that another export r
 SOURCES = (
     "call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "tracing.py", "validation.py",
 )  # fmt: skip
+PAIRS = (("5.9.0", "0.14.1"), ("5.10.4", "0.14.1"), ("5.22.2", "0.17.2"))  # of transformers and kernels
 INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
 
 from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -50,6 +51,9 @@ def export(
     except (ValueError, OSError) as error:
         refuse(error)
     print(f"wrote {build}")
+    print("transformers takes it with one release of kernels or another. These pairs ran:")
+    for transformers, kernels in PAIRS:
+        print(f'  pip install "transformers=={transformers}" "kernels=={kernels}"')
     print(f'try it offline: LOCAL_KERNELS="kernels-community/{KERNEL}={directory.absolute()}"')
     print(f"                attn_implementation: kernels-community/{KERNEL}")
 
