@@ -31,7 +31,7 @@ def invoke(*arguments: str):
 def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess:
     """Run a Python command from another directory, with the interpreter not yet asked for."""
     inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    inherited |= {"OMP_NUM_THREADS": "1"} | environment
+    inherited |= {"OMP_NUM_THREADS": "1", "TRITON_ATTENTION_SINK_AUTOLOAD": "0"} | environment
     return subprocess.run([sys.executable, *command], env=inherited, capture_output=True, text=True, cwd="/")
 
 
