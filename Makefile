@@ -1,27 +1,30 @@
 # demo, test and lint install what they need into .venv, again only when pyproject.toml or constraints.txt changed.
-# gpu-test and bench use the current Python: a GPU machine has its own torch and triton.
+# gpu-demo, gpu-test and bench use the current Python: a GPU machine has its own torch, triton and vLLM.
 SHELL := /bin/bash
 PYTHON ?= python3
 VENV ?= .venv
 # One release of torch for every machine: PyPI's wheel has CUDA (gigabytes), a CPU wheel serves as well.
 TORCH ?= torch==2.13.0
 CONSTRAINTS ?= constraints.txt
-# value of attn_implementation in the demo; "path" stands for the absolute path of triton_attention_sink_hf
+# value of attn_implementation in the demos; "path" stands for the absolute path of triton_attention_sink_hf
 ATTN ?= triton_attention_sink
 STEPS ?= 3
-# ranks that share every row of the demo (Ulysses sequence parallelism)
+# ranks that share every row of the demos (Ulysses sequence parallelism)
 SP ?= 1
+# models of gpu-demo
+MODEL ?= gpt_oss llama
 PYTEST_ARGS ?=
 BENCH_ARGS ?=
 
 PIP_LOG := $(VENV)/install.log
 PIP_INSTALL = $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo test lint gpu-test bench clean
+.PHONY: help demo test lint gpu-demo gpu-test bench clean
 help:
 	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
 	@echo "make lint      ruff check and ruff format --check"
+	@echo "make gpu-demo  verl's trainer with vLLM on a GPU, against eager (10 minutes; MODEL=\"gpt_oss llama\", ATTN, STEPS, SP)"
 	@echo "make gpu-test  the tests that need a GPU, with the current Python (PYTEST_ARGS=\"-n 8 --dist loadgroup\" in parallel)"
 	@echo "make bench     benchmark on this machine's GPU, with the current Python"
 	@echo "make clean     remove .venv and the outputs"
@@ -35,6 +38,9 @@ test: $(VENV)/installed
 lint: $(VENV)/ruff
 	$(VENV)/bin/python -m ruff check .
 	$(VENV)/bin/python -m ruff format --check .
+
+gpu-demo:
+	@$(PYTHON) examples/verl/demo/gpu_demo.py --model $(MODEL) --attn $(ATTN) --steps $(STEPS) --sp $(SP)
 
 gpu-test:
 	$(PYTHON) -m pytest tests -m gpu $(PYTEST_ARGS)

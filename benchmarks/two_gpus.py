@@ -1,6 +1,6 @@
 """Ulysses on two GPUs: is it right, what does it cost, how much longer may a sample be?
 
-    torchrun --nproc-per-node 2 benchmarks/two_gpus.py            # benchmarks/results/two-gpus-DATE.json
+    torchrun --nproc-per-node 2 benchmarks/two_gpus.py            # outputs/two_gpus.json
     torchrun --nproc-per-node 2 benchmarks/two_gpus.py --smoke    # tiny, also on a CPU; writes nothing unless --out
 
 Trains a gpt-oss of a few layers (random weights) with verl's actor worker, or where verl cannot be imported with FSDP2
@@ -256,7 +256,7 @@ def _arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--smoke", action="store_true", help="tiny sizes; the only ones that a CPU is offered")
     parser.add_argument("--trainer", choices=("verl", "fsdp2"), help="default: verl if it is installed")
-    parser.add_argument("--out", type=Path, help="JSON file; default benchmarks/results/two-gpus-DATE.json")
+    parser.add_argument("--out", type=Path, help="JSON file; default outputs/two_gpus.json")
     arguments = parser.parse_args()
     if os.environ.get("WORLD_SIZE") != "2":
         parser.error(f"torchrun --nproc-per-node must be 2, got {os.environ.get('WORLD_SIZE', 'no torchrun')}")
@@ -266,7 +266,7 @@ def _arguments() -> argparse.Namespace:
         found = all(importlib.util.find_spec(name) for name in ("verl", "ray"))
         arguments.trainer = "verl" if found else "fsdp2"
     if arguments.out is None and not arguments.smoke:
-        arguments.out = HERE / "results" / f"two-gpus-{time.strftime('%Y-%m-%d')}.json"
+        arguments.out = Path("outputs/two_gpus.json")
     return arguments
 
 

@@ -1,18 +1,18 @@
 """The entry point of ``torch.backends``: after ``pip install`` our name works without an import of ours, unless off."""
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
+from processes import ROOT, environment, python
 
 tomllib = pytest.importorskip("tomllib")
 needs_transformers = pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-ROOT = Path(__file__).parent.parent
-PACKAGE, AUTOLOAD = "triton_attention_sink_hf", "triton_attention_sink_autoload"
 SWITCHES = ["TRITON_ATTENTION_SINK_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"]
+ON = dict.fromkeys(SWITCHES, "1")
+PACKAGE, AUTOLOAD = "triton_attention_sink_hf", "triton_attention_sink_autoload"
 BUILD = """
 from transformers import AutoModelForCausalLM, LlamaConfig
 config = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, vocab_size=32)
@@ -34,28 +34,22 @@ def installed(tmp_path) -> Path:
     return metadata.parent
 
 
-def python(*command, path=(), fails=False, **environment: str) -> subprocess.CompletedProcess:
-    inherited = {name: value for name, value in os.environ.items() if name not in SWITCHES}
-    inherited |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT))), "OMP_NUM_THREADS": "1"} | environment
-    done = subprocess.run([sys.executable, *command], env=inherited, capture_output=True, text=True, cwd="/")
-    assert (done.returncode != 0) == fails, done.stdout + done.stderr
-    return done
-
-
 @needs_transformers
 @pytest.mark.parametrize("first", ["", "import torch", "import transformers.modeling_utils", "import verl"])
 def test_the_name_works_without_an_import_of_ours(installed, first):
     if first == "import verl":
         pytest.importorskip("verl")
-    assert "built" in python("-c", f"{first}\n{BUILD}", path=[installed]).stdout
+    assert "built" in python("-c", f"{first}\n{BUILD}", path=(installed, ROOT), **ON).stdout
 
 
 @needs_transformers
 @pytest.mark.parametrize("switch", SWITCHES)
 def test_a_switch_turns_it_off(installed, switch):
-    done = python("-c", BUILD, path=[installed], fails=True, **{switch: "0"})
+    env = environment(installed, ROOT, **ON | {switch: "0"})
+    done = subprocess.run([sys.executable, "-c", BUILD], env=env, cwd="/", capture_output=True, text=True)
+    assert done.returncode == 1
     assert 'attn_implementation="triton_attention_sink"` is not supported' in done.stderr
-    assert "built" in python("-c", f"import {PACKAGE}\n{BUILD}", path=[installed], **{switch: "0"}).stdout
+    assert "built" in python("-c", f"import {PACKAGE}\n{BUILD}", path=(installed, ROOT), **ON | {switch: "0"}).stdout
 
 
 def test_it_imports_three_small_modules(installed):
@@ -63,18 +57,18 @@ def test_it_imports_three_small_modules(installed):
         "-c",
         f"import torch, sys; before = set(sys.modules); from {AUTOLOAD} import autoload; autoload()\n"
         "print(*sorted(set(sys.modules) - before))",
-        TORCH_DEVICE_BACKEND_AUTOLOAD="0",
+        **ON | {"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"},
     ).stdout
     assert out.split() == [AUTOLOAD, PACKAGE, f"{PACKAGE}.after_import"]
     code = f"import torch, sys; print('{PACKAGE}' in sys.modules, 'transformers' in sys.modules)"
-    assert python("-c", code, path=[installed]).stdout.split() == ["True", "False"]
+    assert python("-c", code, path=(installed, ROOT), **ON).stdout.split() == ["True", "False"]
 
 
 @pytest.mark.parametrize("text", ["raise RuntimeError('broken')", "import no_such_module", "def f(:"])
 def test_a_broken_package_does_not_break_torch(installed, text):
     (installed / PACKAGE).mkdir()
     (installed / PACKAGE / "__init__.py").write_text(text)
-    done = python("-c", "import torch; print('torch is there')", path=[installed])
+    done = python("-c", "import torch; print('torch is there')", path=(installed, ROOT), **ON)
     assert "torch is there" in done.stdout
     assert f"{PACKAGE} cannot be imported" in done.stderr and "TRITON_ATTENTION_SINK_AUTOLOAD=0" in done.stderr
 
@@ -84,7 +78,7 @@ def test_what_fails_in_the_registration_does_not_break_transformers(installed, t
     code = (
         f"import sys; sys.modules['{PACKAGE}.registration'] = None\nimport transformers.modeling_utils; print('there')"
     )
-    done = python("-c", code, path=[installed])
+    done = python("-c", code, path=(installed, ROOT), **ON)
     assert "there" in done.stdout and "not registered with transformers" in done.stderr
 
 
@@ -122,4 +116,4 @@ def test_workers_know_the_name(installed, tmp_path, host):
         "ray": [str(file)],
         "spawn": [str(file), str(tmp_path / "build.py")],
     }[host]
-    assert python(*command, path=[installed]).stdout.count("built") == (2 if host == "torchrun" else 1)
+    assert python(*command, path=(installed, ROOT), **ON).stdout.count("built") == (2 if host == "torchrun" else 1)

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from processes import INTERPRETED_AS_HERE, ROOT, python
 from typer.testing import CliRunner
 
 from triton_attention_sink_hf import attention_sink, checks, interface, processes
@@ -19,7 +20,6 @@ from triton_attention_sink_hf.cli import doctor as doctor_command
 from triton_attention_sink_hf.cli import export as export_command
 from triton_attention_sink_hf.cli.export import write
 
-ROOT = Path(__file__).parent.parent
 NAMES = ["Import Test", "Triton Kernel Check", "Basic Forward Pass", "GQA Support", "Path Format"]
 RESULTS = [{"name": name, "passed": True, "detail": "fine"} for name in NAMES]
 
@@ -28,19 +28,11 @@ def invoke(*arguments: str):
     return CliRunner().invoke(app, arguments, catch_exceptions=False)
 
 
-def fresh(*command: str, **environment: str) -> subprocess.CompletedProcess:
-    """Run a Python command from another directory, with the interpreter not yet asked for."""
-    inherited = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    inherited |= {"OMP_NUM_THREADS": "1", "TRITON_ATTENTION_SINK_AUTOLOAD": "0"} | environment
-    return subprocess.run([sys.executable, *command], env=inherited, capture_output=True, text=True, cwd="/")
-
-
 # The five checks
 
 
 def test_test_basic_passes_from_any_directory_without_an_installation():
-    done = fresh(str(ROOT / "test_attention_sink" / "test_basic.py"))
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python(ROOT / "test_attention_sink" / "test_basic.py", path=())
     *lines, total = done.stdout.splitlines()
     assert [line[:26].split("PASS  ")[-1].strip() for line in lines] == NAMES
     assert total == "5 of 5 checks passed"
@@ -95,10 +87,7 @@ def test_the_path_check_says_which_paths_cannot_work(monkeypatch):
 
 
 def test_doctor_json_is_only_json_and_complete():
-    done = fresh(
-        "-c", "from triton_attention_sink_hf.cli import main; main()", "doctor", "--json", PYTHONPATH=str(ROOT)
-    )
-    assert done.returncode == 0, done.stdout + done.stderr
+    done = python("-c", "from triton_attention_sink_hf.cli import main; main()", "doctor", "--json")
     report = json.loads(done.stdout)
     assert [check["name"] for check in report["checks"]] == NAMES
     assert all(check["passed"] for check in report["checks"])
@@ -183,7 +172,7 @@ def test_doctor_looks_for_the_cross_entropy_as_verl_does(tmp_path, files, expect
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text(text)
     program = "from triton_attention_sink_hf.cli import doctor; print(doctor._has_cross_entropy())"
-    done = fresh("-c", program, PYTHONPATH=os.pathsep.join([str(tmp_path), str(ROOT)]))
+    done = python("-c", program, path=(tmp_path, ROOT))
     assert done.stdout.strip() == str(expected), done.stderr
 
 
@@ -366,9 +355,8 @@ def test_export_stands_alone_and_beside_the_package(tmp_path):
     metadata = json.loads((build / "metadata.json").read_text())
     assert set(metadata) == {"id", "name", "version", "license", "python-depends", "backend"}
     assert metadata["python-depends"] == []
-    environment = checks.interpreter_environment() or {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "0")}
-    done = fresh("-c", STANDALONE + BESIDE_THE_PACKAGE, str(build), str(ROOT), **environment)
-    assert done.returncode == 0, done.stderr
+    environment = checks.interpreter_environment() or INTERPRETED_AS_HERE
+    python("-c", STANDALONE + BESIDE_THE_PACKAGE, build, ROOT, path=(), **environment)
 
 
 HUB_ROUTE = """
@@ -392,12 +380,8 @@ def test_the_hub_route_of_one_pair_gives_eager_gradients(tmp_path):
     kernels = dict(export_command.PAIRS)[transformers]
     assert (apart / f"kernels-{kernels}.dist-info").is_dir()
     assert f"kernels=={kernels}" in invoke("export", str(tmp_path / "kernel")).stdout
-    environment = {
-        "PYTHONPATH": os.pathsep.join([str(ROOT), str(apart)]), "HF_HUB_OFFLINE": "1",
-        "LOCAL_KERNELS": f"kernels-community/triton-attention-sink={tmp_path / 'kernel'}",
-    }  # fmt: skip
-    done = fresh("-c", HUB_ROUTE, **environment)
-    assert done.stdout.strip() == "as eager", done.stderr
+    folder = f"kernels-community/triton-attention-sink={tmp_path / 'kernel'}"
+    assert python("-c", HUB_ROUTE, path=(ROOT, apart), LOCAL_KERNELS=folder).stdout.strip() == "as eager"
 
 
 def refused(folder: Path) -> str:

@@ -2,16 +2,12 @@
 
 import importlib.util
 import json
-import os
 import pkgutil
 import re
-import subprocess
-import sys
-from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
-ROOT = Path(__file__).parent.parent
 DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md")
 # ```python, or ```python needs=PACKAGE for a block that runs where PACKAGE is installed
 BLOCK = re.compile(r"^```python(?: needs=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -34,10 +30,7 @@ def test_the_python_blocks_run(document, tmp_path):
     program = tmp_path / document.replace(".md", ".py")
     program.write_text(runnable(document))
     assert program.read_text().strip(), f"{document} has no Python block"
-    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    environment |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
-    done = subprocess.run([sys.executable, program], env=environment, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 0, done.stderr
+    python(program, cwd=tmp_path)
 
 
 @pytest.mark.parametrize("document", [*DOCUMENTS, "triton_attention_sink_hf/README.md", "examples/verl/README.md"])

@@ -10,14 +10,9 @@ import torch
 
 masking_utils = pytest.importorskip("transformers.masking_utils", reason="transformers is not installed")
 
-from triton_attention_sink_hf.integrations import forward_mask  # noqa: E402
-from triton_attention_sink_hf.integrations.forward_mask import (  # noqa: E402
-    GAPS,
-    NO_PADDING,
-    RUNS,
-    ForwardMask,
-    attention_mask,
-)
+from triton_attention_sink_hf.integrations import forward_mask, mask_function  # noqa: E402
+from triton_attention_sink_hf.integrations.forward_mask import GAPS, NO_PADDING, RUNS, ForwardMask  # noqa: E402
+from triton_attention_sink_hf.integrations.mask_function import attention_mask  # noqa: E402
 
 CAUSAL = masking_utils.causal_mask_function
 
@@ -203,7 +198,8 @@ def test_masks_that_are_fewer_than_kinds_of_layers_are_read_by_the_first_layer()
 
 def test_nothing_is_read_while_a_graph_is_captured(monkeypatch):
     mask = attention_mask(2, 8, 8, attention_mask=real_tokens(5, 8))
-    monkeypatch.setattr(forward_mask, "recorded", lambda tensor: True)
+    for module in (forward_mask, mask_function):
+        monkeypatch.setattr(module, "is_recorded", lambda tensor: True)
     assert mask.padding() == GAPS
     assert attention_mask(2, 8, 8, attention_mask=real_tokens(8, 8)).padding() == GAPS
     positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])

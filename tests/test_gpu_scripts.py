@@ -1,14 +1,13 @@
 """benchmarks/random_calls.py and hf_route.py at toy size: what they report is what happened."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
+from processes import INTERPRETED_AS_HERE, ROOT, python
 
 pytest.importorskip("transformers")
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 import random_calls  # noqa: E402
 
@@ -72,9 +71,8 @@ def refused_by_us(q):
 
 
 def test_the_route_is_checked_and_compared(tmp_path):
-    command = [sys.executable, FOLDER / "hf_route.py", "--smoke", "--cases", "rl-d64", "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    script = FOLDER / "hf_route.py"
+    python(script, "--smoke", "--cases", "rl-d64", "--output", tmp_path, **INTERPRETED_AS_HERE)
     data = json.loads((tmp_path / "hf_route.json").read_text())
     assert len(data["rows"]) == 2 * 3 * 2 and not data["problems"]
     for row in data["rows"]:

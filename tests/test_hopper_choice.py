@@ -16,6 +16,7 @@ from triton_attention_sink_hf.implementations import triton_hopper, unsupported_
 from triton_attention_sink_hf.implementations.common import problem as common_problem
 from triton_attention_sink_hf.implementations.common.problem import Problem
 from triton_attention_sink_hf.implementations.triton_hopper import backward_window
+from triton_attention_sink_hf.implementations.triton_hopper.config import WINDOW
 from triton_attention_sink_hf.masks import Mask
 
 BF16 = torch.bfloat16
@@ -43,7 +44,7 @@ def test_what_it_serves(hopper_card):
         _call(mask=Mask(-1, 0, cu, cu)),
     ):
         assert triton_hopper.supports(call) is None
-        assert triton_hopper.avoid(call) is None
+        assert triton_hopper.slower_reason(call) is None
 
 
 @pytest.mark.parametrize(
@@ -83,7 +84,7 @@ def test_memory_that_the_copy_engine_cannot_address(hopper_card):
 def test_auto_leaves_to_others_what_they_do_faster(hopper_card):
     call = _call(seqlen=1)
     assert unsupported_reason("triton_hopper", call) is None
-    assert "fewer than 64 queries" in triton_hopper.avoid(call)
+    assert "fewer than 64 queries" in triton_hopper.slower_reason(call)
 
 
 @pytest.mark.parametrize("head_dim", [64, 128, (192, 128), 256])
@@ -164,7 +165,7 @@ def test_the_window_backward_in_one_kernel(changes, served, monkeypatch):
 def test_chunks(seqlen, heads, programs):
     """Whole tiles; whoever has most to do has at most twice an equal share of it, halo and rounding not counted."""
     length = backward_window.chunk_length(seqlen, heads, programs)
-    assert length % backward_window.TILE == 0 and 0 < length < seqlen + backward_window.TILE
+    assert length % WINDOW.tile == 0 and 0 < length < seqlen + WINDOW.tile
     rounds = -(-heads * -(-seqlen // length) // programs)
-    extra = backward_window.HALO + 2 * backward_window.TILE
+    extra = WINDOW.halo + 2 * WINDOW.tile
     assert rounds * length <= max(2 * heads * seqlen / programs, seqlen / max(1, programs // heads)) + rounds * extra

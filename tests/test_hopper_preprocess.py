@@ -8,7 +8,7 @@ pytest.importorskip("triton.experimental.gluon.nvidia.hopper", reason="this trit
 
 from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.common.problem import Problem
-from triton_attention_sink_hf.implementations.triton_hopper.backward_preprocess import new_statistics, prepare_launch
+from triton_attention_sink_hf.implementations.triton_hopper.backward_preprocess import new_statistics, preprocess_launch
 
 
 @pytest.mark.parametrize("sink", [-1e9, -1e10, -1e30, torch.finfo(torch.bfloat16).min, torch.finfo(torch.float32).min])
@@ -24,7 +24,7 @@ def test_a_sink_far_below(sink):
     out[:, :7] = 0.0
     statistics, parts = new_statistics(problem, lse, True)
     dlse = inputs.dlse
-    prepare_launch(problem, out.stride(), inputs.dout.stride(), dlse.stride(), has_buffer=False)(
+    preprocess_launch(problem, out.stride(), inputs.dout.stride(), dlse.stride(), has_buffer=False)(
         out_ptr=out, dout_ptr=inputs.dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=sinks, buffer_ptr=None,
         statistics_ptr=statistics, dsink_ptr=parts,
     )  # fmt: skip

@@ -103,16 +103,14 @@ def test_what_programs_hide(mask, cross):
 
 def _seen_by_queries(ranges, n_q: int, n_k: int, left: int, right: int, tile: int, step: int):
     """(n_q, n_k): how often a program computes a score that it does not hide. As the consumers of queries do."""
-    own, options = (n_q, n_k, left, right), (left >= 0, right >= 0, True)
+    queries = _interpreted_tiles(ranges, n_q, n_k, left, right, tile)
     seen = torch.zeros(n_q, n_k + 2 * step, dtype=torch.int32)
     for first, end in _tiles(ranges, n_q, tile):
-        start, n = _run("block_range")(first, end, _Pointer(ranges), *own, tile, step, 1, *options)
+        start, n = queries.block_range(first, end, step, 1)
         for token in range(first, first + tile, 64):
-            stop, edge, full = _run("own_blocks")(
-                token, end, start, n, _Pointer(ranges), *own, 64, step, *options
-            )  # fmt: skip
+            stop, edge, full = queries.own_blocks(token, end, start, n, 64, step)
             rows = torch.arange(token, token + 64)
-            lo, hi = _run("interval")(rows, end, _Pointer(ranges), *own, *options)
+            lo, hi = queries.interval(rows, end)
             written = rows < end
             for block in range(stop):
                 j = start + block * step + torch.arange(step)
@@ -125,19 +123,16 @@ def _seen_by_queries(ranges, n_q: int, n_k: int, left: int, right: int, tile: in
 
 
 def _seen_by_keys(ranges, n_q: int, n_k: int, left: int, right: int, tile: int, step: int):
-    """The same, as the consumers of keys do: by ``seeing_queries`` and ``hide``."""
-    sizes = (_Pointer(ranges), None, n_q, n_k, 1, 1, left, right, 0, 0, 1, 1)
-    options = (left >= 0, right >= 0, True)
+    """The same, as the consumers of keys do: by ``seeing`` and ``apply_mask``."""
+    tiles = _interpreted_tiles(ranges, n_k, n_q, right, left, tile)
     seen = torch.zeros(n_k, n_q + 2 * step, dtype=torch.int32)
     for key, end in _tiles(ranges, n_k, tile):
-        start, n = _run("block_range")(
-            key, end, sizes[0], n_k, n_q, right, left, tile, step, 4, right >= 0, left >= 0, True
-        )  # fmt: skip
+        start, n = tiles.block_range(key, end, step, 4)
         for first in range(key, key + tile, 64):
-            lo, hi, edge, full = _run("seeing_queries")(first, end, start, n, sizes, 64, step, *options, None)
+            lo, hi, edge, full = tiles.seeing(first, end, start, n, 64, step, None)
             keys = torch.arange(first, first + 64)
             for block in range(n):
-                s = _run("hide")(torch.zeros(64, step), block, start, lo, hi, edge, full, step, True, True, None)
+                s = tiles.apply_mask(torch.zeros(64, step), block, start, lo, hi, edge, full, step, None)
                 visible, i = s == 0, start + block * step
                 assert not visible[keys >= end].any()
                 seen[keys[keys < end], i : i + step] += visible[keys < end].int()
@@ -173,16 +168,20 @@ def _where(condition, a, b):
     return torch.where(condition, a, b) if isinstance(condition, torch.Tensor) else (a if condition else b)
 
 
-def _run(name: str):
-    """A function of ``vocabulary.py`` as plain Python: Gluon has no interpreter, and what these use of it is little."""
+def _interpreted_tiles(ranges, rows: int, others: int, before: int, after: int, tile: int):
+    """``Tiles`` of packed rows as plain Python: Gluon has no interpreter, and what its methods use is little."""
     gl = SimpleNamespace(
         minimum=_both(torch.minimum, min), maximum=_both(torch.maximum, max), load=_load, where=_where,
         arange=lambda start, end, layout: torch.arange(start, end),
     )  # fmt: skip
-    names = ("interval", "block_range", "own_blocks", "seeing_queries", "hide")
+    names = ("interval", "block_range", "own_blocks", "seeing", "apply_mask")
     scope = {"gl": gl, "float": float}
-    scope |= {n: FunctionType(getattr(vocabulary, n).fn.__code__, scope) for n in names}
-    return scope[name]
+    methods = {name: FunctionType(getattr(vocabulary.Tiles, name).fn.__code__, scope) for name in names}
+    tiles = type("Tiles", (SimpleNamespace,), methods)
+    return tiles(
+        ranges_ptr=_Pointer(ranges), rows=rows, others=others, before=before, after=after, TILE=tile,
+        HAS_BEFORE=before >= 0, HAS_AFTER=after >= 0, PACKED=True,
+    )  # fmt: skip
 
 
 def _ranges(cu, rows: int, causal: bool = True):

@@ -1,14 +1,11 @@
 """Imports point down only, cost nothing that was not asked for, and survive what is not installed. Fresh processes."""
 
 import ast
-import os
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+from processes import ROOT, python
 
-ROOT = Path(__file__).parent.parent
 PACKAGE = "triton_attention_sink_hf"
 TRITON, INTERFACE, OPS = f"{PACKAGE}.implementations.triton", f"{PACKAGE}.interface", f"{PACKAGE}.ops"
 ABOVE_OPS = (
@@ -92,10 +89,7 @@ def layer(file: Path) -> str:
 
 def run(code: str) -> str:
     """Run code in a fresh interpreter that sees the checkout; its stderr. Fails the test if the code fails."""
-    environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, cwd="/")
-    assert done.returncode == 0, done.stderr
-    return done.stderr
+    return python("-c", code).stderr
 
 
 def test_every_import_points_down():
@@ -122,7 +116,7 @@ def test_every_import_points_down():
         ("ops", ("triton", "transformers", "verl", TRITON, f"{PACKAGE}.reference", *ABOVE_OPS)),
         ("interface", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS[1:])),
         ("flash_attn_api", ("triton", "transformers", "verl", *ABOVE_OPS[2:])),
-        ("integrations.forward_mask", ("transformers", "verl", TRITON, OPS, *ABOVE_OPS[:-1])),
+        ("integrations.mask_function", ("transformers", "verl", TRITON, OPS, *ABOVE_OPS[:-1])),
         ("flash_attention_triton_sink", ("transformers", "verl", TRITON, OPS, f"{PACKAGE}.registration")),
         ("cli", ("torch", "triton", "transformers", "verl")),
     ],

@@ -1,16 +1,14 @@
 """``python -m triton_attention_sink_hf``: the program runs as without it, and all Python processes know our name."""
 
-import os
 import subprocess
 import sys
 from importlib.util import find_spec
-from pathlib import Path
 
 import pytest
+from processes import ROOT, environment
 
 from triton_attention_sink_hf.__main__ import NAME, python_flags
 
-ROOT = Path(__file__).parent.parent
 SELF = """
 import json, sys
 imported = "triton_attention_sink_hf" in sys.modules
@@ -35,10 +33,9 @@ print("registered", flush=True)
 """
 
 
-def python(*command: str, cwd="/", path=(), status=0, **environment: str) -> subprocess.CompletedProcess:
-    inherited = os.environ | {"TRITON_ATTENTION_SINK_AUTOLOAD": "0", "OMP_NUM_THREADS": "1"}
-    inherited |= {"PYTHONPATH": os.pathsep.join(map(str, (*path, ROOT)))} | environment
-    done = subprocess.run([sys.executable, *command], env=inherited, capture_output=True, text=True, cwd=cwd)
+def python(*command: str, cwd="/", path=(), status=0) -> subprocess.CompletedProcess:
+    env = environment(*path, ROOT)
+    done = subprocess.run([sys.executable, *command], env=env, capture_output=True, text=True, cwd=cwd)
     assert done.returncode == status, done.stdout + done.stderr
     return done
 

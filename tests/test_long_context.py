@@ -1,14 +1,13 @@
 """benchmarks/long_context.py at toy size: it measures what it says, and its peers are what they are named after."""
 
 import json
-import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from processes import INTERPRETED_AS_HERE, ROOT, python
 
-FOLDER = Path(__file__).resolve().parent.parent / "benchmarks"
+FOLDER = ROOT / "benchmarks"
 sys.path.insert(0, str(FOLDER))
 import packed_peers  # noqa: E402
 
@@ -16,9 +15,8 @@ pytest.importorskip("transformers")
 
 
 def test_a_smoke_run_finds_ours_as_exact_as_eager(tmp_path):
-    command = [sys.executable, FOLDER / "long_context.py", "--smoke", "--worker", "hf", "--output", tmp_path]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
+    script = FOLDER / "long_context.py"
+    python(script, "--smoke", "--worker", "hf", "--output", tmp_path, **INTERPRETED_AS_HERE)
     data = json.loads((tmp_path / "long_context.json").read_text())
     rows = {(row["tokens"], row["implementation"]): row for row in data["rows"]}
     assert rows.keys() >= {(n, name) for n in (192, 320) for name in ("ours", "eager", packed_peers.YARDSTICK)}

@@ -2,8 +2,6 @@
 
 import json
 import os
-import subprocess
-import sys
 
 import pytest
 
@@ -11,6 +9,7 @@ transformers = pytest.importorskip("transformers", reason="transformers is not i
 
 from model_sweep import classes  # noqa: E402
 from model_sweep_table import read_table, summary  # noqa: E402
+from processes import INTERPRETED_AS_HERE, python  # noqa: E402
 
 TESTS = os.path.dirname(os.path.abspath(__file__))
 VERSION = ".".join(transformers.__version__.split(".")[:2])
@@ -34,9 +33,8 @@ SAMPLE = (
 
 
 def sweep(path, *arguments: str) -> dict[str, dict[str, str]]:
-    command = [sys.executable, os.path.join(TESTS, "model_sweep.py"), "--json", str(path), *arguments]
-    run = subprocess.run(command, capture_output=True, text=True)
-    assert run.returncode == 0, run.stderr[-2000:]
+    script = os.path.join(TESTS, "model_sweep.py")
+    python(script, "--json", path, *arguments, timeout=None, **INTERPRETED_AS_HERE)
     with open(path) as file:
         return {name: summary(found) for name, found in json.load(file).items()}
 

@@ -2,11 +2,10 @@
 
 import importlib.util
 import os
-import subprocess
-import sys
 import textwrap
 
 import pytest
+from processes import ROOT, python
 
 import triton_attention_sink_hf
 from triton_attention_sink_hf.registration import NAME, path_problem, register, registered_names
@@ -15,21 +14,11 @@ FOLDER = os.path.dirname(os.path.abspath(triton_attention_sink_hf.__file__))
 needs_transformers = pytest.mark.skipif(
     importlib.util.find_spec("transformers") is None, reason="transformers is not installed"
 )
-TINY = """
-    from transformers import LlamaConfig, LlamaForCausalLM
-    config = LlamaConfig(num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2,
-                         num_key_value_heads=2, head_dim=16, vocab_size=32)
-"""
 
 
 def run(code: str, *path: str) -> str:
     """stdout of ``code`` in a fresh process that finds our package, ``path`` first."""
-    environment = {**os.environ, "PYTHONPATH": os.pathsep.join((*path, os.path.dirname(FOLDER)))}
-    done = subprocess.run(
-        [sys.executable, "-W", "default", "-c", textwrap.dedent(code)],
-        capture_output=True, text=True, env=environment, cwd="/",
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
+    done = python("-W", "default", "-c", textwrap.dedent(code), path=(*path, ROOT))
     return done.stdout + done.stderr
 
 
@@ -61,12 +50,11 @@ def test_registering_twice_changes_nothing():
 @needs_transformers
 @pytest.mark.parametrize("name", registered_names())
 def test_every_name_builds_a_model(name):
+    from tiny_models import tiny
     from transformers import LlamaConfig, LlamaForCausalLM
 
-    config = LlamaConfig(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, vocab_size=32, attn_implementation=name,
-    )  # fmt: skip
+    config = tiny(LlamaConfig, short_window=False)
+    config._attn_implementation = name
     model = LlamaForCausalLM(config)
     assert model.config._attn_implementation == name
     model.set_attn_implementation("eager")
@@ -76,13 +64,10 @@ def test_every_name_builds_a_model(name):
 
 @needs_transformers
 def test_a_saved_model_is_built_from_its_own_config(tmp_path):
+    from tiny_models import tiny
     from transformers import AutoConfig, AutoModelForCausalLM, LlamaConfig
 
-    config = LlamaConfig(
-        num_hidden_layers=1, hidden_size=32, intermediate_size=32, num_attention_heads=2, num_key_value_heads=2,
-        head_dim=16, vocab_size=32,
-    )  # fmt: skip
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
+    AutoModelForCausalLM.from_config(tiny(LlamaConfig, short_window=False)).save_pretrained(tmp_path)
     loaded = AutoModelForCausalLM.from_pretrained(tmp_path, attn_implementation=NAME)
     assert loaded.config._attn_implementation == NAME
     config = AutoConfig.from_pretrained(tmp_path, attn_implementation=NAME)
@@ -107,13 +92,15 @@ def test_both_paths_of_a_linked_folder_work(tmp_path):
     code = f"""
 import triton_attention_sink_hf
 assert triton_attention_sink_hf.__file__.startswith({str(tmp_path)!r})
-{textwrap.dedent(TINY)}
+from tiny_models import tiny
+from transformers import LlamaConfig, LlamaForCausalLM
+config = tiny(LlamaConfig, short_window=False)
 for name in {names!r}:
     config._attn_implementation = name
     LlamaForCausalLM(config)
 print("fine")
 """
-    assert run(code, str(tmp_path)).strip().endswith("fine")
+    assert run(code, str(tmp_path), str(ROOT / "tests")).strip().endswith("fine")
 
 
 @pytest.mark.parametrize(

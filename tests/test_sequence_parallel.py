@@ -2,40 +2,24 @@
 
 import gc
 import json
-import os
-import socket
-import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
 import sequence_parallel_ranks as ranks
 import torch
 import torch.distributed as dist
+from processes import ROOT, free_port, python, run_ranks
 
 from triton_attention_sink_hf import sequence_parallel
 from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward, attention_mask
 from triton_attention_sink_hf.integrations import sequence_parallel as internals
 from triton_attention_sink_hf.integrations.sequence_parallel import active_group
 
-ROOT = Path(__file__).resolve().parent.parent
 TOLERANCE = 1e-5
 
 pytestmark = pytest.mark.xdist_group("sequence_parallel")  # one worker: the ranks run once
-
-
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
-def environment() -> dict[str, str]:
-    """For processes that import this checkout and compute without Triton's interpreter."""
-    kept = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
-    return kept | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "CUDA_VISIBLE_DEVICES": ""}
 
 
 @pytest.fixture(scope="module")
@@ -43,24 +27,7 @@ def measured(tmp_path_factory):
     """Case name -> distances from the truth, the largest over four ranks."""
     pytest.importorskip("transformers")
     out = tmp_path_factory.mktemp("ranks") / "distances.json"
-    env = environment() | {
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(free_port()),
-        "WORLD_SIZE": str(ranks.WORLD),
-    }
-    processes = [
-        subprocess.Popen(
-            [sys.executable, ranks.__file__, str(out)], env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE,
-            stderr=subprocess.STDOUT, text=True,
-        )
-        for rank in range(ranks.WORLD)
-    ]  # fmt: skip
-    try:
-        outputs = [process.communicate(timeout=300)[0] for process in processes]
-    finally:
-        for process in processes:
-            process.kill()
-    assert [process.returncode for process in processes] == [0] * ranks.WORLD, "\n".join(outputs)
+    run_ranks(ranks.WORLD, ranks.__file__, out, CUDA_VISIBLE_DEVICES="")
     return json.loads(out.read_text())
 
 
@@ -105,11 +72,9 @@ def test_compiled_as_one_graph(measured, group):
 def test_the_benchmark_for_two_gpus_runs_small_on_two_processes(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "two-gpus.json"
-    torchrun = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2"]
-    command = [*torchrun, "--master-port", str(free_port())]
-    command += [ROOT / "benchmarks" / "two_gpus.py", "--smoke", "--trainer", "fsdp2", "--out", out]
-    done = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stdout + done.stderr
+    torchrun = ("-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", str(free_port()))
+    script = ROOT / "benchmarks" / "two_gpus.py"
+    python(*torchrun, script, "--smoke", "--trainer", "fsdp2", "--out", out, CUDA_VISIBLE_DEVICES="")
     found = json.loads(out.read_text())["sp"]
     assert [found[sp]["all_to_alls_per_step"] for sp in ("1", "2")] == [0, 24]  # 2 layers, 2 rows, 3 passes
 

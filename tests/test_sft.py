@@ -5,20 +5,17 @@ then repeats the steps sample by sample, from the batches that the trainer made.
 """
 
 import importlib.util
-import os
-import socket
-import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import sft_runs
 import torch
+from processes import ROOT, free_port, python
 from sft_runs import LEARNING_RATE, LENGTHS, MIXED, OURS, STEPS
 
 pytest.importorskip("transformers")
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "verl" / "demo"
 # `make test` installs TRL there, apart: verl 0.9.1's actor fails where TRL 1.16 can be imported
 TRL_APART = Path(sys.prefix) / "trl"
@@ -64,29 +61,20 @@ def runs(host, model, tmp_path_factory):
     """(mode, attention) -> what sft_runs.py recorded."""
     out = tmp_path_factory.mktemp(host)
     cases = [(mode, OURS) for mode in MODES[host]] + [(mode, MIXED) for mode in PACKED[host]]
-    command = [
-        sys.executable,
-        sft_runs.__file__,
-        host,
-        str(model),
-        str(out),
-        *(f"{mode}/{name}" for mode, name in cases),
-    ]
-    done = subprocess.run(command, env=environment(host), capture_output=True, text=True, timeout=300, cwd=out)
-    assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    path = {"trl": (ROOT, TRL_APART), "hf": (ROOT,), "verl": (DEMO,)}[host]
+    wanted = (f"{mode}/{name}" for mode, name in cases)
+    python(sft_runs.__file__, host, model, out, *wanted, path=path, cwd=out, **variables(host))
     return {(mode, name): torch.load(out / f"{mode}-{name}.pt") for mode, name in cases}
 
 
-def environment(host: str) -> dict[str, str]:
-    path = {"trl": (ROOT, TRL_APART), "hf": (ROOT,), "verl": (DEMO,)}[host]
-    own = {"PYTHONPATH": os.pathsep.join(map(str, path)), "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+def variables(host: str) -> dict[str, str]:
+    """What each host's process needs in its environment to train on a CPU."""
+    own = {"CUDA_VISIBLE_DEVICES": ""}
     if host == "verl":
-        with socket.socket() as free:
-            free.bind(("127.0.0.1", 0))
-            port = free.getsockname()[1]
         own |= {"VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform", "VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
-        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
-    return {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"} | own
+        own |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        own |= {"RANK": "0", "WORLD_SIZE": "1", "LOCAL_RANK": "0"}
+    return own
 
 
 def repeated(model: Path, steps: list) -> tuple[dict, dict]:

@@ -1,7 +1,7 @@
 """The five checks of an installation, shared by ``test_attention_sink/test_basic.py`` and ``doctor``.
 
-Run as a module, each check prints one line of JSON. Without a GPU the kernels run in Triton's interpreter, for which
-TRITON_INTERPRET=1 must be in the environment before anything imports triton (transformers does).
+Run as a module, each check prints one line of JSON. Without a GPU the kernels need Triton's interpreter: set
+TRITON_INTERPRET=1 before anything imports triton (transformers does).
 """
 
 from __future__ import annotations

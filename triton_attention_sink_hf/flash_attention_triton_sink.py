@@ -1,14 +1,14 @@
 """``attn_implementation: triton_attention_sink`` for Hugging Face models: the attention function and its mask function.
 
-transformers calls ``attention_mask`` once per forward and kind of layer, and hands its answer to every layer's
-``attention_forward``. Between them they honour, or refuse with a sentence that says what to do instead:
+transformers calls ``attention_mask`` once per forward and kind of layer, and passes the result to ``attention_forward``
+of every layer. The two honour what stands here, or refuse it with a sentence that says what to do instead:
 
 ==================  ==================================================================================================
 sinks               ``s_aux`` or ``sinks`` (Hq,), one logit per head; per-token sinks are refused
-causality, window   what the mask function was asked for, which is what eager attention does; where none was called,
-                    ``is_causal``, else the module's, and ``sliding_window``; aligned to the cache's end
-packed rows         ``cu_seq_lens_q/k``, else what the mask function was told, else ``position_ids`` cut where they do
-                    not rise by 1, if Sq == Sk; beside a padding mask, too
+causality, window   as the mask function was asked, like eager attention; if the model called none, ``is_causal`` (else
+                    the module's) and ``sliding_window``; aligned to the end of the cache
+packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, else ``position_ids`` if Sq == Sk, cut
+                    where they do not rise by 1; also with a padding mask
 padding             2-D masks, left, right or between; integers above 1 number the samples
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
@@ -18,9 +18,9 @@ refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D mas
                     not known to leave the mathematics alone (``IGNORED_KEYWORDS``; add a name to it if yours does)
 ==================  ==================================================================================================
 
-Nothing here copies q, k or v (a packed batch of several rows excepted, where the layout demands it, and what is sent
-to other ranks). No layer waits for the device, but the first one of a forward whose whole sequences come with a padding
-mask: it reads whether there is padding at all, once for all layers.
+q, k and v are not copied, except to pack a batch of several rows and to send shards to other ranks. Layers do not wait
+for the device, with one exception: given a padding mask for whole sequences, one read per forward finds out whether
+there is any padding.
 """
 
 from __future__ import annotations
@@ -28,7 +28,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from .integrations.forward_mask import NO_PADDING, ForwardMask, attention_mask
+from .integrations.forward_mask import NO_PADDING, ForwardMask
+from .integrations.mask_function import attention_mask
 from .integrations.sequence_parallel import (
     active_group,
     check_shards,
@@ -41,7 +42,7 @@ from .interface import attention_sink, follow_autocast
 
 __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 
-# Keywords that models pass on to the attention function and that do not change what it computes.
+# Keywords that models pass to the attention function and that do not change its result.
 IGNORED_KEYWORDS = {
     # of models
     "cache_params", "cache_position", "image_sizes", "input_ids", "inputs_embeds", "is_first_iteration", "layer_idx",
@@ -117,7 +118,7 @@ def attention_forward(
         check_shards(group, q, k, v, padded, positions, cu_seq_lens_q, cu_seq_lens_k)
         q, k, v = gather_rows(group, q, k, v)
         sinks = own_sinks(group, sinks)
-        mask = mask.whole(q.shape[1])
+        mask = mask.for_gathered_rows(q.shape[1])
         if cu_seq_lens_q is None:
             shard = position_ids
             position_ids = mask.forward.once(
@@ -181,7 +182,7 @@ def _one_sink_per_head(module, heads: int, s_aux: Tensor | None, sinks: Tensor |
 
 
 def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_window) -> ForwardMask:
-    """What a layer says of itself, where its model called no mask function."""
+    """The mask of a layer whose model called no mask function, from the layer's own arguments."""
     real = sample_ids = None
     if mask is not None:
         if not isinstance(mask, Tensor):
@@ -200,18 +201,17 @@ def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_wind
     causal = own if is_causal is None else bool(is_causal)
     window = (-1, -1)
     if sliding_window:
-        # A decoder run as an encoder: its eager mask then shows W keys on each side; an encoder's own W counts the
-        # query.
+        # A decoder run as an encoder: its eager mask shows W keys on each side. An encoder's W includes the query.
         reach = sliding_window if own and not causal else sliding_window - 1
         window = (reach, 0 if causal else reach)
     else:
-        _refuse_unsaid_window(module, k.shape[1])
+        _reject_undeclared_window(module, k.shape[1])
     shape = (q.shape[0], 1, q.shape[1], k.shape[1])
     return ForwardMask(shape, q.device, causal=causal, window=window, real=real, sample_ids=sample_ids)
 
 
-def _refuse_unsaid_window(module, seqlen_k: int) -> None:
-    """A few models put their window into the eager mask only: here it would be lost."""
+def _reject_undeclared_window(module, seqlen_k: int) -> None:
+    """Raise if the layer has a window that it did not pass. A few models put it into the eager mask alone."""
     config = getattr(module, "config", None)
     kinds, index = getattr(config, "layer_types", None), getattr(module, "layer_idx", None)
     if kinds is not None and index is not None and kinds[index] != "sliding_attention":
@@ -225,7 +225,7 @@ def _refuse_unsaid_window(module, seqlen_k: int) -> None:
 
 
 def _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> tuple[Tensor, Tensor]:
-    """int32 cu_seqlens of the rows of q and k, from those that the model was given."""
+    """int32 cu_seqlens of queries and keys, from the model's ``cu_seq_lens_*``."""
     if isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING:
         raise ValueError("attention_mask must be None where cu_seq_lens_q and cu_seq_lens_k are given, got a mask")
     if cu_seq_lens_q is None or cu_seq_lens_k is None:
@@ -237,15 +237,15 @@ def _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k) -> tu
         return mask.forward.once(cu, ("int32", q.device), lambda: cu.to(q.device, torch.int32))
 
     cu_q = int32(cu_seq_lens_q)
-    # One object for both sides where it is one: some kernels serve only rows cut alike.
+    # One object stays one object: some kernels require the same cuts for queries and keys.
     return cu_q, cu_q if cu_seq_lens_k is cu_seq_lens_q else int32(cu_seq_lens_k)
 
 
 def _text_positions(mask: ForwardMask, position_ids: Tensor | None, batch: int, seqlen: int) -> Tensor | None:
     """The positions (B, S) or (1, S) that restart with each packed sample.
 
-    Of the (4, B, S) positions of multimodal rotary embeddings the first row; three rows without it (time, height,
-    width) cannot tell a packed row from images, and are refused where they show that the row is packed.
+    Multimodal rotary embeddings have (4, B, S): the first row is taken. (3, B, S), time, height and width alone, cannot
+    tell packed samples from images, and is refused where it shows that the row is packed.
     """
     if position_ids is None:
         return None

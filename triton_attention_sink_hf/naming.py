@@ -70,7 +70,9 @@ def _hub_kernel() -> Verdict:
     try:
         installed = version("kernels")
     except PackageNotFoundError:
-        return Verdict(False, False, "a kernel on the Hub, which cannot be loaded: the package kernels is not installed")
+        return Verdict(
+            False, False, "a kernel on the Hub, which cannot be loaded: the package kernels is not installed"
+        )
     return Verdict(True, False, f"a kernel on the Hub (kernels {installed}), not this installation; not tried")
 
 

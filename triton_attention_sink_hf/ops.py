@@ -202,8 +202,10 @@ class _Attention(torch.autograd.Function):
     @staticmethod
     def forward(ctx, q, k, v, sinks, call, implementation):
         output = _run_forward(call, implementation)
-        tensors, memo = (q, k, v, sinks, *call.tensors()[4:]), call.memo
-        if memo is not None and memo.placement is None:
+        tensors, memo = call.tensors(), call.memo
+        if memo is None:  # apply has unwrapped tensors that left a transform
+            tensors = (q, k, v, sinks, *tensors[4:])
+        elif memo.placement is None:
             memo.placement = placement(tensors)
         _save(ctx, output, tensors, (call.options(), implementation, memo))
         return output

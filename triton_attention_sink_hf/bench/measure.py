@@ -20,11 +20,11 @@ from .cases import Case
 from .oracle import errors, oracles
 from .peers import GRADIENTS, PEERS, Runner, Unsupported
 
-# A wrong kernel is off by 0.1 or more; bf16 gradients of these shapes stay under 0.02 for every right one.
+# Relative errors. A wrong kernel is off by 0.1 or more; a correct one stays below 0.02 in bf16 for these shapes.
 LIMIT = {"out": 0.01, "dq": 0.01, "dk": 0.01, "dv": 0.01, "dsink": 0.05}
-# in turns, since a card's clock sinks as it warms: each implementation meets it in every state
+# A card clocks lower as it warms: in turns, each implementation is timed in every state.
 TURNS, WARMUP_MS, REPEAT_MS, MIN_REPEATS, MAX_REPEATS = 3, 15, 40, 3, 100
-CYCLES_PER_US = 2000  # at least the clock of any card, so that a wait is not too short
+CYCLES_PER_US = 2000  # no card clocks higher, so no wait is too short
 L2_BYTES = 256 * 2**20  # more than any card's L2
 
 
@@ -44,9 +44,8 @@ def make_tensors(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, T
 def device_ms(function: Callable) -> list[float]:
     """Times on the device in ms, one per call, L2 flushed before each.
 
-    As ``triton.testing.do_bench``, but the device is kept busy until the host has issued the call: in training the host
-    runs ahead too, and otherwise the short kernels of a window would be timed by their launches. ``host_us`` says what
-    these take.
+    Like ``triton.testing.do_bench``, but the device is kept busy until the host has issued the call, as in training,
+    where the host runs ahead. Otherwise the short window kernels would measure their launches; ``host_us`` times those.
     """
     host = host_us(function, calls=5)
     idle_cycles = int(1.5 * host * CYCLES_PER_US)

@@ -1,4 +1,4 @@
-"""Files that a command writes into a folder of the user's, and replaces only while they are as it wrote them."""
+"""Files that a command writes into a user's folder. It replaces only those that nobody changed since."""
 
 from __future__ import annotations
 
@@ -9,10 +9,10 @@ from pathlib import Path, PurePosixPath
 
 
 class Written:
-    """What a command has written below ``root``, known by its digests, which lie there too as ``name``.
+    """What a command has written below ``root``. The file ``name`` there lists it with its digests.
 
-    Everything else below ``root`` is somebody else's: other files, files changed since, links to anywhere. None of them
-    is replaced, deleted or followed. ``root`` itself is where the user said, through links or not.
+    Everything else below ``root`` belongs to the user: other files, files changed since, links. None of them is
+    replaced, deleted or followed. ``root`` itself may be reached through links.
     """
 
     def __init__(self, root: Path, name: str):

@@ -1,7 +1,8 @@
 """Names of the implementations, and the lazily imported modules behind them.
 
 A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None),
-``run_forward`` and ``run_backward``, and perhaps ``avoid(call)``, what "auto" holds against it.
+``run_forward`` and ``run_backward``, and perhaps
+``slower_reason(call) -> str | None``, why "auto" leaves the call to another.
 To add one, add its folder, its name in ``KERNELS`` and its import in ``load``.
 """
 
@@ -45,6 +46,6 @@ def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:
     except ImportError as error:
         return f"{error}"
     reason = backend.supports(call)
-    if reason is None and automatic and hasattr(backend, "avoid"):
-        reason = backend.avoid(call)
+    if reason is None and automatic and hasattr(backend, "slower_reason"):
+        reason = backend.slower_reason(call)
     return reason

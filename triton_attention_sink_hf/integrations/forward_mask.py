@@ -1,12 +1,10 @@
-"""The mask function for transformers, and what it hands to every layer of a forward: a ``ForwardMask``.
+"""``ForwardMask``: what the layers of one forward know about their keys, and what they derive from it once.
 
-transformers calls ``attention_mask`` once a forward for each kind of layer, and tells it what no layer is told: whether
-the pattern is causal, its window, the padding, how many keys there are, and where a packed row is cut. A
-``ForwardMask`` carries that, and what the layers derive from their own arguments once a forward. It is no tensor, so no
-mask of a user's can be taken for it, and it dies with its forward, so nothing is remembered for the next one.
+The mask function (``mask_function.py``) makes one for each kind of layer and hands it to every layer. It is no tensor,
+so no user's mask can be taken for it. It dies with its forward, so nothing is remembered for the next one.
 
-A model that computes with its mask (adds it, slices it, reads it) gets the dense mask that eager attention would have
-got: every tensor operation and attribute goes to ``dense``. Attention layers are served if they get the object itself.
+A model that computes with its mask (adds, slices or reads it) gets the dense mask of eager attention: every tensor
+operation and attribute goes to ``dense``. Attention layers must get the object itself.
 """
 
 from __future__ import annotations
@@ -22,26 +20,20 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from .patterns import BLOCKS, check_pattern, refuse_own_attention, refuse_pattern
-from .segments import (
-    cu_seqlens_from_cuts,
-    cuts_at_changes,
-    cuts_from_positions,
-    cuts_from_samples,
-)
-from .sequence_parallel import active_group, in_backward
+from .patterns import BLOCKS, refuse_pattern
+from .segments import cu_seqlens_from_cuts, cuts_at_changes, cuts_from_positions, cuts_from_samples
 
 T = TypeVar("T")
 
-NO_PADDING, RUNS, GAPS = range(3)  # each row's tokens side by side; or with padding between them
+NO_PADDING, RUNS, GAPS = range(3)  # RUNS: no padding between the tokens of a row; GAPS: some
 
 
 class Forward:
-    """What the masks of one forward share: what layers derived, and what must be read from the device.
+    """What the masks of one forward share: what layers derived, and questions to the device.
 
     Attributes:
-        used: a layer has seen one of the masks; the next mask begins another forward.
-        masks: how many there are.
+        used: a layer has seen one of the masks, so the next mask begins another forward.
+        masks: how many masks there are.
     """
 
     def __init__(self):
@@ -53,30 +45,30 @@ class Forward:
     def once(self, tensors: Tensor | tuple[Tensor, ...], key: Hashable, derive: Callable[[], T]) -> T:
         """``derive()``, remembered for these tensor objects and ``key``.
 
-        Under torch.compile the graph removes the repetition. During CUDA-graph capture everything is derived inside the
-        graph: a value from outside would go stale when the graph is replayed on new data.
+        Nothing is remembered under torch.compile, whose graph removes repetitions, and during CUDA-graph capture, where
+        a value from outside the graph would be stale on replay.
         """
         tensors = tensors if isinstance(tensors, tuple) else (tensors,)
-        if recorded(tensors[0]):
+        if is_recorded(tensors[0]):
             return derive()
         key = (key, *map(id, tensors))
         if key not in self._derived:
-            self._derived[key] = (tensors, derive())  # tensors that are kept keep their ids
+            self._derived[key] = (tensors, derive())  # kept alive, so that no other tensor gets their ids
         return self._derived[key][1]
 
     def ask(self, question: Tensor) -> int:
-        """Put a question, an integer (); returns its number."""
+        """Queue a question, an integer tensor (). Returns its number."""
         self._questions.append(question)
         return len(self._questions) - 1
 
     def answer(self, number: int) -> int:
-        """The value of a question."""
+        """The value of a question; reads all that are open."""
         if number >= len(self._answers):
             self.read()
         return self._answers[number]
 
     def read(self) -> None:
-        """Read the answers to all that was asked so far at once: the only wait for the device."""
+        """Read all open questions in one copy: the only wait for the device."""
         new = self._questions[len(self._answers) :]
         if new:
             self._answers += torch.stack([question.to(new[0].device) for question in new]).tolist()
@@ -89,8 +81,8 @@ class _Current(threading.local):
 _CURRENT = _Current()
 
 
-def _current_forward() -> Forward:
-    """The forward whose masks are being made in this thread."""
+def current_forward() -> Forward:
+    """The forward whose masks this thread is making."""
     if torch.compiler.is_compiling():
         return Forward()
     forward = _CURRENT.forward
@@ -109,8 +101,8 @@ class ForwardMask:
         sample_ids: integer (B, Sk), the number of each token's sample, 0 = padding; None: nobody gave them.
         cuts: bool (B, Sq), True where a packed sample begins, as the model told the mask function; None: it did not.
         used: keys in use, int or Tensor, where they can be fewer than Sk; else None.
-        told: whether the mask function made this, which knows the pattern better than the layer.
-        group: the process group over which the rows are sharded, None if they are whole; if ``has_group``.
+        from_mask_function: the mask function made this, not a layer, so its pattern and sizes are the model's.
+        group: the process group over which the rows are sharded, None if they are whole. Valid if ``has_group``.
         forward: shared with the other masks of the forward.
     """
 
@@ -134,19 +126,25 @@ class ForwardMask:
         self.shape, self.device, self.dtype = shape, device, dtype
         self.causal, self.window = causal, window
         self.real, self.sample_ids, self.cuts, self.used = real, sample_ids, cuts, used
-        self.group, self.has_group, self.told = group, has_group, arguments is not None
+        self.group, self.has_group, self.from_mask_function = group, has_group, arguments is not None
         self.forward = Forward() if forward is None else forward
         self._arguments = arguments
         self._dense: Tensor | None = None
         self._padding: int | None = None  # number of the question
         self._blocks: int | None = None
         free = real is not None and real.device.type == "cpu"  # a layer's own mask is not worth waiting for
-        if real is not None and used is None and shape[2] == shape[3] and not recorded(real) and (self.told or free):
+        if (
+            real is not None
+            and used is None
+            and shape[2] == shape[3]
+            and not is_recorded(real)
+            and (self.from_mask_function or free)
+        ):
             runs = (cuts_at_changes(real) & real).sum(1) + real[:, 0]
             self._padding = self.forward.ask((~real.all()).int() + (runs > 1).any().int())
 
     def refuse_blocks(self, blocks: Tensor) -> None:
-        """Refuse blocks of tokens (B, S), negative = none, as soon as one may be read."""
+        """Raise, once it may be read, if ``blocks`` (B, S) has any: a token's block number, negative = none."""
         question = self.forward.ask((blocks >= 0).any().int())
         if blocks.device.type != "cpu":
             self._blocks = question
@@ -154,8 +152,8 @@ class ForwardMask:
             refuse_pattern(BLOCKS)
 
     def check(self, seqlen_q: int, seqlen_k: int) -> None:
-        """Raise for a layer that has other queries or keys than the mask function was told of."""
-        if self.told and (self.shape[2] != seqlen_q or self.shape[3] != seqlen_k):
+        """Raise for a layer whose queries or keys are not those that the mask function was asked for."""
+        if self.from_mask_function and (self.shape[2] != seqlen_q or self.shape[3] != seqlen_k):
             raise ValueError(
                 f"attention_mask must be made for the layer's {seqlen_q} queries and {seqlen_k} keys, got one for "
                 f"{self.shape[2]} and {self.shape[3]}: the layer adds or drops keys, which the mask says nothing of. "
@@ -166,33 +164,33 @@ class ForwardMask:
             refuse_pattern(BLOCKS)
 
     def refuse_restarts(self, positions: Tensor) -> None:
-        """Raise where positions (B, S) that never fall within a sample fall between two tokens."""
+        """Raise if positions (B, S) fall between two tokens: within a sample they never do."""
         falls = positions.diff(dim=-1) < 0
         if self.real is not None:  # positions of padding mean nothing
             real = self.real.to(positions.device)
             falls = falls & real[:, 1:] & real[:, :-1]
-        if self.cuts is not None:  # of the text positions, which the mask function was told
+        if self.cuts is not None:  # cuts that the mask function knows are no surprise
             falls = falls & ~self.cuts[:, 1:].to(positions.device)
         falls = falls.any()
         message = (
             "position_ids must be (4, B, S), the text positions first, for packed rows, got (3, B, S) that "
             "restart: packed samples cannot be told from images. Or pass cu_seq_lens_q and cu_seq_lens_k"
         )
-        if recorded(positions):
+        if is_recorded(positions):
             torch._assert_async(~falls, message)
         elif self.forward.once(positions, "restarts", lambda: bool(falls)):
             raise ValueError(message)
 
-    def whole(self, seqlen: int) -> ForwardMask:
-        """Of the gathered rows of ``seqlen`` tokens, of which this is the mask of a shard."""
+    def for_gathered_rows(self, seqlen: int) -> ForwardMask:
+        """This mask is of a shard: the mask of the ``seqlen`` rows of all ranks."""
         shape = (self.shape[0], 1, seqlen, seqlen)
         return ForwardMask(shape, self.device, causal=self.causal, window=self.window, forward=self.forward)
 
     def padding(self) -> int:
-        """NO_PADDING, RUNS or GAPS. What may not be read (torch.compile, graph capture, a cache) counts as GAPS."""
+        """NO_PADDING, RUNS or GAPS. GAPS where the mask may not be read (torch.compile, graph capture, a cache)."""
         if self.real is None:
             return NO_PADDING
-        if self._padding is None or recorded(self.real):
+        if self._padding is None or is_recorded(self.real):
             return GAPS
         return self.forward.answer(self._padding)
 
@@ -239,10 +237,10 @@ class ForwardMask:
             found.append(cuts_from_samples(self.sample_ids.to(device)))
         if position_ids is not None:
             found.append(cuts_from_positions(position_ids.to(device).reshape(-1, position_ids.shape[-1]), real))
-        if device.type == "cpu" and not torch.compiler.is_compiling():  # where looking is free
+        if device.type == "cpu" and not torch.compiler.is_compiling():  # where reading costs no wait
             found = [cuts for cuts in found if cuts.any()]
         if padding == RUNS and (found or device.type != "cpu"):
-            # padding is a segment of its own, which nobody else sees and the fast kernels serve
+            # padding becomes segments of its own, which no token sees; the fast kernels take them
             found.append(cuts_at_changes(real))
             padding = NO_PADDING
         if not found:
@@ -267,7 +265,7 @@ class ForwardMask:
         return 4
 
     def to(self, *args, **kwargs):
-        """On another device; any other conversion is that of ``dense``."""
+        """A copy on another device. Any other conversion goes to ``dense``."""
         device = args[0] if args else kwargs.get("device")
         if not isinstance(device, (str, int, torch.device)) or kwargs.get("dtype") is not None or len(args) > 1:
             return self.dense.to(*args, **kwargs)
@@ -287,7 +285,7 @@ class ForwardMask:
         return self.dense[index]
 
     def __getattr__(self, name: str):
-        if name.startswith("_") or name in ("forward", "told"):  # not yet set, as in a copy
+        if name.startswith("_") or name in ("forward", "from_mask_function"):  # not yet set, as in a copy
             raise AttributeError(name)
         return getattr(self.dense, name)
 
@@ -322,108 +320,6 @@ for _name in (
     setattr(ForwardMask, f"__{_name}__", _forwarded(f"__{_name}__"))
 
 
-def attention_mask(
-    batch_size: int,
-    kv_length: int,
-    q_length: int | None = None,
-    q_offset: int | Tensor = 0,
-    kv_offset: int = 0,
-    mask_function=None,
-    attention_mask: Tensor | None = None,
-    cache_position: Tensor | None = None,
-    device: torch.device | str | None = None,
-    **kwargs,
-) -> ForwardMask:
-    """transformers' mask interface.
-
-    Args:
-        q_length: queries, at positions ``q_offset`` and on (a tensor for static caches).
-        kv_length: key slots, at positions ``kv_offset`` and on.
-        cache_position: (q_length,), in place of q_length and q_offset in transformers 4.57.
-        mask_function: transformers' description of the pattern; all but causal, bidirectional, sliding and packed are
-            refused.
-        attention_mask: 2-D padding mask over all positions so far, nonzero = real; or what an earlier call returned.
-
-    Raises:
-        ValueError: a pattern that the attention function could not honour; a model that would not call it.
-    """
-    if isinstance(attention_mask, ForwardMask):  # made ahead of the forward, as generate does
-        return attention_mask
-    if isinstance(q_offset, Tensor):
-        q_offset = q_offset.clone()  # a static cache counts it up in place
-    arguments = dict(
-        batch_size=batch_size, kv_length=kv_length, q_length=q_length, q_offset=q_offset, kv_offset=kv_offset,
-        mask_function=mask_function, attention_mask=attention_mask, cache_position=cache_position, device=device,
-        **kwargs,
-    )  # fmt: skip
-    refuse_own_attention(kwargs.get("config"))
-    packed, blocks = check_pattern(mask_function, kwargs)
-    bidirectional = "allow_is_bidirectional_skip" in kwargs  # only those patterns are created with it
-    if cache_position is not None:
-        q_length, q_offset = cache_position.shape[0], cache_position[0]
-        device = cache_position.device
-    elif device is None and attention_mask is not None:
-        device = attention_mask.device
-    # Keys in use, where they can be fewer than the slots; a bidirectional pattern counts on the padding mask alone.
-    used = None
-    if kv_length != q_length and not bidirectional:
-        used = q_offset + q_length - kv_offset
-        if not isinstance(used, Tensor) and used == kv_length:
-            used = None
-    real = None
-    if attention_mask is not None:
-        real = attention_mask[:, kv_offset : kv_offset + kv_length] != 0
-        real = torch.nn.functional.pad(real, (0, kv_length - real.shape[1]))
-    cuts = None
-    if isinstance(packed, Tensor):
-        cuts = cuts_at_changes(packed)
-    elif packed and attention_mask is None and kv_length == q_length:
-        cuts = _packed_cuts(mask_function, batch_size, q_length, device, bidirectional)
-    group = active_group()
-    mask = ForwardMask(
-        (batch_size, 1, q_length, kv_length),
-        device,
-        causal=not bidirectional,
-        window=_window(kwargs.get("local_size"), bidirectional),
-        real=real,
-        cuts=cuts,
-        used=used,
-        dtype=kwargs.get("dtype", torch.float32),
-        group=group,
-        has_group=group is not None or torch.compiler.is_compiling() or not in_backward(),
-        forward=_current_forward(),
-        arguments={name: value for name, value in arguments.items() if value is not None},
-    )
-    if blocks is not None:
-        mask.refuse_blocks(blocks)
-    mask.forward.masks += 1
-    kinds = getattr(kwargs.get("config"), "layer_types", None) or (None,)
-    if mask.forward.masks >= len(set(kinds)) and not (real is not None and recorded(real)):
-        mask.forward.read()  # here rather than in the first layer
-    return mask
-
-
-def _window(local_size: int | None, bidirectional: bool) -> tuple[int, int]:
-    """Keys beside a query's own position. A causal window of W holds the query and W - 1 keys before it, a
-    bidirectional one W keys on each side."""
-    if local_size is None:
-        return -1, -1
-    if local_size < 1:
-        raise ValueError(f"sliding_window must be at least 1, got {local_size}")
-    return (local_size, local_size) if bidirectional else (local_size - 1, 0)
-
-
-def _packed_cuts(mask_function, batch: int, seqlen: int, device, bidirectional: bool) -> Tensor:
-    """bool (B, S): the tokens that do not see the token before them."""
-    rows = torch.arange(batch, device=device)[:, None]
-    i = torch.arange(seqlen, device=device)[None, :]
-    head = torch.zeros((), dtype=torch.int64, device=device)
-    if torch.compiler.is_compiling() and not bidirectional:  # where a pattern cannot be taken apart
-        ahead = mask_function(rows, head, (i - 1).clamp_min(0), i) & (i > 0)
-        torch._assert_async(~ahead.any(), "the model's mask must be causal, got tokens that see the one after them")
-    return ~mask_function(rows, head, i, (i - 1).clamp_min(0)).expand(batch, seqlen)
-
-
-def recorded(x: Tensor) -> bool:
-    """Whether work on x is being recorded, by torch.compile or into a CUDA graph, to run on other values later."""
+def is_recorded(x: Tensor) -> bool:
+    """Whether torch.compile or a CUDA graph records the work on x, to run it on other values later."""
     return torch.compiler.is_compiling() or (x.is_cuda and torch.cuda.is_current_stream_capturing())

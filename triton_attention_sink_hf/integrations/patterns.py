@@ -1,7 +1,7 @@
-"""What transformers' mask functions ask for, read from what they hand to a mask interface; the rest is refused.
+"""Which mask pattern transformers asks for, read from the arguments of its mask interface. The rest is refused.
 
-Refusals are decided and raised in one frame: under torch.compile an error raised while tracing makes dynamo run that
-frame plainly and compile the frames it calls, so a decision taken above the raise could be taken otherwise below it.
+A refusal is decided and raised in one frame. When tracing raises, dynamo runs that frame eagerly and compiles the
+frames that it calls, so what one frame decides and another raises could come out differently.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ..tracing import constant_result
 _CAUSAL_OR_FULL = {"causal_mask_function", "bidirectional_mask_function", "and_masks"}
 _WINDOW = {"sliding_window_overlay", "sliding_window_bidirectional_overlay"}
 _PACKED = {"packed_sequence_mask_function", "remap_positions_for_packed_sequence"}
-# Served where the values show that they add nothing.
+# Served if their values show that they have no effect.
 _BLOCKS = {"or_masks", "blockwise_overlay"}
 BLOCKS = "blocks of tokens that see each other in both directions (images)"
 _UNION = "tokens that see each other in both directions inside a causal mask (images, prefixes)"
@@ -33,8 +33,11 @@ def refuse_pattern(what: str) -> None:
 
 
 def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | None]:
-    """Whether the pattern may be packed, or each token's sample as a number (B, S) where it can be had; and the block
-    numbers (B, S) that must all be negative (None: no blocks).
+    """What the pattern may add to causality and window: packing, and blocks.
+
+    Returns:
+        Whether it may be packed, or the sample number (B, S) of each token if the pattern has it; and the block numbers
+        (B, S), which must all be negative, None without blocks.
 
     Args:
         mask_function: transformers' description of the pattern, or None.
@@ -51,7 +54,7 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | 
         refuse_pattern(_CHUNKS)
     if mask_function is None:
         return False, None
-    if torch.compiler.is_compiling():  # which shows a function's name, not what it closes over
+    if torch.compiler.is_compiling():  # the name of a function can be traced, its closure cannot
         name = mask_function.__name__
         if name not in ("causal_mask_function", "bidirectional_mask_function", "and_mask"):
             refuse_pattern(_WHAT.get(name, f"a mask made by {name}"))
@@ -70,7 +73,7 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | 
 
 
 def refuse_own_attention(config) -> None:
-    """Raise for a model that asks for our mask but computes attention itself."""
+    """Raise for a model that asks for this mask but computes attention in its own code."""
     if config is not None and not _calls_attention_functions(type(config).__module__):
         raise ValueError(
             f"attn_implementation must be 'eager' for models of {type(config).__name__}, got "
@@ -83,12 +86,12 @@ def _calls_attention_functions(configuration: str) -> bool:
     """Whether the model file beside a configuration file of transformers knows its attention functions."""
     modeling = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))
     if modeling is None or not configuration.startswith("transformers.models."):
-        return True  # code of others may reach them in other ways
+        return True  # code outside transformers may call them in other ways
     return hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 
 def _parts(mask_function) -> dict[str, object]:
-    """The functions of transformers.masking_utils that a pattern is composed of: name -> the tensor it closes over."""
+    """The functions of transformers.masking_utils that compose a pattern: name -> tensor in its closure, or None."""
     parts, todo = {}, [mask_function]
     while todo:
         function = todo.pop()

@@ -1,7 +1,7 @@
 """Where packed rows are cut: from positions or sample numbers to ``cu_seqlens``, without a device synchronisation.
 
-A cut is a bool (B, S) or (1, S): True where a token begins another sample than the token before it in its row. Sizes
-never depend on values, and no size becomes a constant of a torch.compile graph.
+Cuts are bool (B, S) or (1, S), True where a token begins a new sample. Sizes never depend on values, and no size
+becomes a constant of a torch.compile graph.
 """
 
 from __future__ import annotations
@@ -11,12 +11,12 @@ from torch import Tensor
 
 
 def cuts_from_positions(position_ids: Tensor, real: Tensor | None = None) -> Tensor:
-    """Cuts where positions do not go on.
+    """Cuts where positions do not continue.
 
     Args:
-        position_ids: integer (B, S) or (1, S). Without padding, a sample goes on where they rise by 1.
-        real: bool (B, S), True = token, False = padding, whose positions mean nothing. A token then goes on from the
-            last token before it if positions rose by 1 (padding not counted) or by their distance (padding counted).
+        position_ids: integer (B, S) or (1, S). Without padding, a sample continues where they rise by 1.
+        real: bool (B, S), True = token, False = padding, whose positions are ignored. A token then continues the sample
+            of the last token before it if positions rose by 1 (padding not counted) or by their distance (counted).
     """
     if real is None:
         return _after_first(position_ids.diff(dim=-1) != 1)
@@ -46,14 +46,14 @@ def cu_seqlens_from_cuts(cuts: Tensor, batch: int) -> Tensor:
     """int32 (B * S + 1,): the N first rows of the segments of the flattened rows, then B * S (empty segments).
 
     Args:
-        cuts: bool (B, S) or (1, S). The first token of each row begins a segment whatever it says.
+        cuts: bool (B, S) or (1, S). The first token of each row always begins a segment.
     """
     seqlen = cuts.shape[1]
     first = torch.arange(seqlen, device=cuts.device) == 0
     starts = (cuts | first).expand(batch, seqlen).reshape(-1)
     row = torch.arange(batch * seqlen, device=cuts.device)
     total = row[-1:] + 1  # as a tensor: as a number it would become a constant of a graph
-    # the n-th start goes to entry n - 1; rows that start nothing all write the total into the last entry
+    # the n-th start goes to entry n - 1; all other rows write the total into the last entry
     entry = torch.where(starts, starts.cumsum(0) - 1, total)
     start = torch.where(starts, row, total)
     return total.expand(row.shape[0] + 1).scatter(0, entry, start).to(torch.int32)

@@ -1,12 +1,12 @@
 """Ulysses sequence parallelism: ranks share the rows of a batch, and in attention they share its heads instead.
 
-Each of n ranks holds (B, S / n, H, D). An all-to-all gives it all rows of H / n heads, attention runs as if there were
-one rank, and a second all-to-all gives its rows back. Both are their own transposes, so the gradients go the same way.
-A rank uses, and gives a gradient to, its own slice of the sinks: over the ranks the gradients add up to the whole one,
-as those of every other parameter do.
+Each of n ranks holds (B, S / n, H, D). An all-to-all gives it all rows of H / n heads, attention runs as on one rank,
+and a second all-to-all returns its rows. Each is its own transpose, so the backward does the same. A rank uses its own
+slice of the sinks and gives a gradient to that slice alone. Summed over the ranks, as for every parameter, it is
+complete.
 
-The group is the innermost ``sequence_parallel(group)``, else verl's, else there is none and nothing is exchanged.
-Shards are equally long, in the order of the ranks, with the position_ids of the whole row cut the same way.
+The group is the innermost ``sequence_parallel(group)``, else verl's, else none, and nothing is exchanged. Shards have
+equal lengths, in the order of the ranks. position_ids are those of the whole row, cut the same way.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from ..validation import check_qkv, readable
 
 
 class _Groups(threading.local):
-    """Of one thread: the groups of its ``with sequence_parallel``, innermost last."""
+    """The groups of this thread's ``with sequence_parallel``, innermost last."""
 
     def __init__(self):
         self.stack: list[dist.ProcessGroup] = []
@@ -34,7 +34,7 @@ class _Groups(threading.local):
 
 _GROUPS = _Groups()
 _FORWARD_GROUP = WeakTensorKeyDictionary()  # what cut the rows of a forward -> its group, or _SEVERAL
-_SEVERAL = object()  # forwards over different groups were given this tensor
+_SEVERAL = object()  # forwards over different groups got the same tensor
 _TORCH_CONTEXT_PARALLEL = (
     "torch.distributed.tensor.experimental._context_parallel._attention",
     "torch.distributed.tensor.experimental._attention",  # before torch 2.10
@@ -43,15 +43,15 @@ _TORCH_CONTEXT_PARALLEL = (
 
 @contextmanager
 def sequence_parallel(group: dist.ProcessGroup) -> Iterator[None]:
-    """Within this, attention takes its rows for shards over ``group`` and exchanges them (Ulysses).
+    """Inside, attention treats its rows as shards over ``group`` and exchanges them (Ulysses).
 
     ``with sequence_parallel(group): model(input_ids=shard, position_ids=shard_of_positions)`` on every rank of the
     group, where ``input_ids`` and ``position_ids`` are (B, S / n) each: rank i holds rows i * S / n and on. Positions
     restart at 0 for each packed sample, samples may straddle the cuts, and what fills up the last shard is one more
     sample. position_ids must be passed: those that a model makes up count from 0 on every rank. Rows need no mask.
 
-    Backward may run outside, with activation checkpointing too. It must run on every rank. Inside verl none of this is
-    needed: ``ulysses_sequence_parallel_size`` is enough.
+    The backward may run outside, also with activation checkpointing. It must run on every rank. verl needs none of
+    this: set ``ulysses_sequence_parallel_size``.
 
     Args:
         group: the ranks that share rows; a group of one exchanges nothing.
@@ -101,7 +101,7 @@ def active_group(rows: Tensor | None = None) -> dist.ProcessGroup | None:
 
 
 def in_backward() -> bool:
-    """Whether this code runs within a backward pass: layers are being recomputed."""
+    """Whether a backward pass is running, so that layers are being recomputed."""
     return torch._C._current_graph_task_id() != -1
 
 

@@ -51,7 +51,7 @@ def _conclude(run: main_ppo.Run, console: Console, seconds: float) -> int:
     result = report.read(run)
     found = failures(result)
     console.print(report.table(result, "trainer, packed rows, against rollout, eager on single samples (fp32)"))
-    training.say_what_ran(result, run.ranks, console)
+    training.say_what_ran(run, result, console)
     if not list(report.unlike_ours(result)):
         console.print(f"which computes here with: {_implementation(run)}", soft_wrap=True)
     for name, distance in result.sink_moves.items():

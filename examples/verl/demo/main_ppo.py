@@ -129,7 +129,7 @@ def command(run: Run, ray_folder: Path) -> list[str]:
         "trainer.total_epochs": run.steps,
         "trainer.default_local_dir": run.folder / "checkpoints",
         "transfer_queue.backend.SimpleStorage.num_data_storage_units": 1,
-        # a Ray of its own; the number of CPUs is Ray's bookkeeping, not a demand
+        # a Ray of its own; the number of CPUs is Ray's bookkeeping, not a demand: it starts as many processes at once
         "+ray_kwargs.ray_init.address": "local",
         "+ray_kwargs.ray_init._temp_dir": ray_folder,
         "+ray_kwargs.ray_init.include_dashboard": False,
@@ -180,8 +180,11 @@ def _vllm(run: Run) -> dict[str, object]:
         "actor_rollout_ref.rollout.max_num_batched_tokens": 8192,
         "actor_rollout_ref.rollout.tensor_model_parallel_size": 1,
         "actor_rollout_ref.rollout.gpu_memory_utilization": 0.3,
+        # 1 GiB of cache: vLLM need not measure what is free, which fails where others use the GPU too
+        "+actor_rollout_ref.rollout.engine_kwargs.vllm.kv_cache_memory_bytes": 2**30,
         # no compilation and no CUDA graphs: starts sooner, and the observer sees the layers run
         "actor_rollout_ref.rollout.enforce_eager": True,
+        "ray_kwargs.ray_init.num_cpus": 8,
     }
 
 
@@ -193,7 +196,7 @@ def python_path() -> str:
 
 def environment(run: Run) -> dict[str, str]:
     """Environment of the trainer: verl's hooks for the stand-ins, no network, one thread, a mark on every child."""
-    modules = ["observer"]
+    modules = ["observer", *(["wrong_attention"] if run.attention == "one_sample" else [])]
     if run.rollout == "hf_eager":
         modules = ["verl_hf_rollout", *modules]
     if not run.gpu:

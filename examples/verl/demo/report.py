@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
-from statistics import fmean
 
 import torch
 from main_ppo import Run, read_rows
@@ -59,14 +58,9 @@ class Report:
     kernels: dict[str, list[float]]
     failures: list[str]
 
-    @property
-    def probs_diff(self) -> float:
-        """Mean difference of the trainer's probabilities from the rollout's, over all steps."""
-        return fmean(step.probs_diff_mean for step in self.steps) if self.steps else math.nan
-
     def own_kernels(self) -> dict[str, list[float]]:
-        """Those of this package: Triton names a kernel as its function, and these begin with an underscore."""
-        return {name: row for name, row in self.kernels.items() if name.startswith("_") and not name.startswith("_Z")}
+        """Those of this package: Triton names a kernel as its function, here ``_..._kernel``."""
+        return {name: row for name, row in self.kernels.items() if name.startswith("_") and name.endswith("_kernel")}
 
 
 def read(run: Run) -> Report:

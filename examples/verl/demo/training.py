@@ -70,12 +70,13 @@ def _wait(run: main_ppo.Run, limit: int, console: Console) -> int | None:
             return None
 
 
-def say_what_ran(result: report.Report, ranks: int, console: Console) -> None:
+def say_what_ran(run: main_ppo.Run, result: report.Report, console: Console) -> None:
     """The attention in the worker, and how full its rows were."""
     for name, function, device in sorted(result.attentions):
         console.print(f"attention in the trainer's worker: {name} = {function} on {device}", soft_wrap=True)
-    shard = f"rank 0's shard of a row that {ranks} ranks share" if ranks > 1 else "one row"
-    console.print(f"packed rows: up to {result.samples_in_row} samples begin in {shard}")
+    if run.packed:
+        shard = f"rank 0's shard of a row that {run.ranks} ranks share" if run.ranks > 1 else "one row"
+        console.print(f"packed rows: up to {result.samples_in_row} samples begin in {shard}")
 
 
 def new_folder(out: Path) -> Path:

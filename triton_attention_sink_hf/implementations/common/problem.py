@@ -10,12 +10,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call, Memo
+from .config import MAX_PACK, RANGES_BLOCK, TMA_TARGETS
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
 MAX_PLANS = 1024
-TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
-MAX_PACK = 8  # heads in a tile; more leave too few tokens per tile for causal edges
 
 
 class Problem:
@@ -136,10 +135,9 @@ class Problem:
 
 @functools.lru_cache(MAX_PLANS)
 def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right: int) -> Launch:
-    block = 256
     return Launch(
         _segment_range_kernel,
-        (ceil_div(max(seqlen_q, seqlen_k), block), 2),
+        (ceil_div(max(seqlen_q, seqlen_k), RANGES_BLOCK), 2),
         n_segments=segments,
         seqlen_q=seqlen_q,
         seqlen_k=seqlen_k,
@@ -148,7 +146,7 @@ def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right
         search_steps=segments.bit_length(),
         HAS_LEFT=left >= 0,
         HAS_RIGHT=right >= 0,
-        BLOCK=block,
+        BLOCK=RANGES_BLOCK,
     )
 
 

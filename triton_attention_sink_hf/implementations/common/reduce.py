@@ -6,9 +6,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from .config import SUM_COLUMNS, SUM_ROWS
 from .relaunch import Launch
-
-_BLOCK_COLUMNS, _BLOCK_ROWS = 8, 512  # 8 fp32 are one 32-byte sector; 4 warps hold 32 elements a thread
 
 
 @triton.jit
@@ -27,11 +26,11 @@ def _sum_rows_kernel(parts_ptr, sum_ptr, n_rows, n_columns, BLOCK_ROWS: tl.const
 def _launch(rows: int, columns: int) -> Launch:
     return Launch(
         _sum_rows_kernel,
-        (-(-columns // _BLOCK_COLUMNS),),
+        (-(-columns // SUM_COLUMNS),),
         n_rows=rows,
         n_columns=columns,
-        BLOCK_ROWS=_BLOCK_ROWS,
-        BLOCK_COLUMNS=_BLOCK_COLUMNS,
+        BLOCK_ROWS=SUM_ROWS,
+        BLOCK_COLUMNS=SUM_COLUMNS,
         num_warps=4,
     )
 

@@ -12,7 +12,8 @@ except ImportError as error:
 
 from ...call import Call
 from ...masks import MAX_ROWS
-from ..common.problem import MAX_PACK, Problem
+from ..common.config import MAX_PACK
+from ..common.problem import Problem
 from .backward import launch_backward
 from .forward import launch_forward
 

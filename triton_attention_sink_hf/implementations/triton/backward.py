@@ -19,9 +19,7 @@ from ..common.primitives import LOG2E, add_product, cap, exp, load_block, load_t
 from ..common.problem import Problem, ceil_div, dlse_arguments, planned, strides, token_blocks, use_tma
 from ..common.reduce import sum_rows
 from ..common.relaunch import Blocks, Launch
-from .config import dkv_config, dq_config
-
-MIN_TMA_PACK = 4  # a copied row is at least 16 bytes
+from .config import MIN_TMA_PACK, dkv_config, dq_config
 
 
 @triton.jit

@@ -113,6 +113,9 @@ _OVERRIDES |= {"sm90": _HOPPER, "sm100": _BLACKWELL, "sm103": _BLACKWELL}
 _OVERRIDES |= dict.fromkeys(("gfx90a", "gfx942", "gfx950"), _CDNA)
 
 
+MIN_TMA_PACK = 4  # heads in a tile of dk, dv: TMA copies rows of at least 16 bytes, here fp32 statistics
+
+
 def _config(kernel: str, problem) -> KernelConfig:
     name = _size_class(problem)
     overrides = _OVERRIDES.get(problem.target, {}).get(kernel, {})

@@ -45,7 +45,7 @@ def supports(call: Call) -> str | None:
     return portable.supports(call)
 
 
-def avoid(call: Call) -> str | None:
+def slower_reason(call: Call) -> str | None:
     """Why "auto" leaves ``call`` to the portable kernels, which are faster there; None if it does not."""
     queries = call.q.shape[1]
     if queries < MIN_QUERIES:

@@ -7,14 +7,12 @@ from triton.experimental.gluon import language as gl
 from ..common.primitives import LOG2E, exp
 from ..common.problem import Problem, ceil_div, dlse_arguments, next_power_of_2, strides
 from ..common.relaunch import Blocks, Launch
+from .config import ROWWISE_ROWS
 from .launch import copy_blocks
-
-ROWS = 128  # rows of a program
-ALIGN = 4  # the copy engine takes rows of fp32 statistics from multiples of 16 bytes only
 
 
 @triton.jit
-def _prepare_kernel(
+def _hopper_bwd_preprocess_kernel(
     out_ptr, dout_ptr, lse_ptr, dlse_ptr, sink_ptr, buffer_ptr, statistics_ptr, dsink_ptr,
     seqlen_q, padded_q, heads_q, tiles,
     stride_ob, stride_ot, stride_oh, stride_od, stride_dob, stride_dot, stride_doh, stride_dod,
@@ -54,14 +52,14 @@ def _prepare_kernel(
         tl.store(dsink_ptr + (b * tiles + tile) * heads_q + h, -tl.sum(p_sink * delta, 0))
 
 
-def prepare_launch(problem: Problem, out_strides, dout_strides, dlse_strides, has_buffer: bool) -> Launch:
+def preprocess_launch(problem: Problem, out_strides, dout_strides, dlse_strides, has_buffer: bool) -> Launch:
     """The launch; with ``has_buffer`` it zeroes an fp32 buffer for dq (B, Sq, Hq, D)."""
-    call, tiles = problem.call, ceil_div(problem.seqlen_q, ROWS)
+    call, tiles = problem.call, ceil_div(problem.seqlen_q, ROWWISE_ROWS)
     return Launch(
-        _prepare_kernel,
+        _hopper_bwd_preprocess_kernel,
         (problem.heads_q, tiles, problem.batch),
         seqlen_q=problem.seqlen_q,
-        padded_q=tiles * ROWS,
+        padded_q=tiles * ROWWISE_ROWS,
         heads_q=problem.heads_q,
         tiles=tiles,
         **strides("o", out_strides),
@@ -73,7 +71,7 @@ def prepare_launch(problem: Problem, out_strides, dout_strides, dlse_strides, ha
         DV=call.v.shape[-1],
         BLOCK_D=next_power_of_2(call.q.shape[-1]),
         BLOCK_DV=next_power_of_2(call.v.shape[-1]),
-        ROWS=ROWS,
+        ROWS=ROWWISE_ROWS,
     )
 
 
@@ -82,12 +80,12 @@ _ROW = gl.NVMMASharedLayout(swizzle_byte_width=0, element_bitwidth=32, rank=2)
 
 def statistics_blocks(problem: Problem, rows: int) -> Blocks:
     """Blocks of (1, rows) of lse or of delta, (B Hq, padded Sq)."""
-    padded_q = ceil_div(problem.seqlen_q, ROWS) * ROWS
+    padded_q = ceil_div(problem.seqlen_q, ROWWISE_ROWS) * ROWWISE_ROWS
     return copy_blocks([problem.batch * problem.heads_q, padded_q], [padded_q, 1], [1, rows], _ROW)
 
 
 def new_statistics(problem: Problem, like, has_sinks: bool) -> tuple:
     """Empty fp32 statistics (2, B Hq, padded Sq) and parts of dsink (B tiles, Hq), or None for these."""
-    tiles = ceil_div(problem.seqlen_q, ROWS)
-    statistics = like.new_empty(2, problem.batch * problem.heads_q, tiles * ROWS)
+    tiles = ceil_div(problem.seqlen_q, ROWWISE_ROWS)
+    statistics = like.new_empty(2, problem.batch * problem.heads_q, tiles * ROWWISE_ROWS)
     return statistics, like.new_empty(problem.batch * tiles, problem.heads_q) if has_sinks else None

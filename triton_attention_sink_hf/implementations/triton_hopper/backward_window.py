@@ -26,24 +26,10 @@ from ..common.primitives import LOG2E
 from ..common.problem import Problem, addressable, ceil_div, multiprocessors, planned, strides
 from ..common.reduce import sum_rows
 from ..common.relaunch import Launch
-from .config import TARGETS
-from .gluon_compat import async_load, async_store, thread_barrier
+from .config import MAX_BATCH, MIN_LEFT, MIN_SEQLEN, MIN_TOKENS, TARGETS, WINDOW
+from .gluon_compat import aggregate, async_load, async_store, thread_barrier
 from .launch import row_blocks, token_blocks
-from .vocabulary import opaque, store_rows
-
-ROWS = 64  # of a step
-TILE = 64  # keys of a consumer
-BLOCK_D = 64  # columns of every tile
-HALO = 2 * TILE  # tokens past a chunk whose windows begin in it
-SLOTS = 4  # tiles of keys in shared memory: the three that a step sees, and the next
-STAGES = 3  # steps in shared memory
-REGISTERS = 160  # of a lane of a consumer
-GROUPS = (4, 8, 16)  # query heads of a key head: with fewer, tiles change before the next one is there
-# Where the two kernels of triton_window were faster (H200): most of three tiles is hidden, or of the card idle.
-MIN_LEFT = 65
-MIN_TOKENS = 1024  # of all rows of the batch
-MIN_SEQLEN = 64
-MAX_BATCH = 65535  # third dimension of a grid
+from .vocabulary import Rows, new_barriers, opaque
 
 
 @gluon.jit
@@ -55,143 +41,170 @@ def _own_place():
     )  # fmt: skip
 
 
-@gluon.jit
-def _chunk(sizes, ROWS: gl.constexpr, TILE: gl.constexpr, PACK: gl.constexpr):
-    """(first token, end of the chunk's tokens, steps with its tokens, steps)."""
-    seqlen, length, _left = sizes
-    TOKENS: gl.constexpr = ROWS // PACK
-    _head_k, number, _b = _own_place()
-    first = number * length
-    end = gl.minimum(first + length, seqlen)
-    own = (end - first + TOKENS - 1) // TOKENS
-    steps = (gl.minimum(end + 2 * TILE, seqlen) - first + TOKENS - 1) // TOKENS
-    return first, end, own, steps
+@aggregate
+class _Memory:
+    """Shared memory: STAGES steps of q, dout, out and what a row starts from; SLOTS tiles of k and v; dS of the three
+    consumers, twice; dq of each; barriers."""
+
+    q: gl.shared_memory_descriptor
+    dout: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    lse: gl.shared_memory_descriptor
+    delta: gl.shared_memory_descriptor
+    sink: gl.shared_memory_descriptor
+    lo: gl.shared_memory_descriptor
+    ds: gl.shared_memory_descriptor
+    dq: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    ready: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    kv_full: gl.shared_memory_descriptor
+    ds_full: gl.shared_memory_descriptor
+    ds_empty: gl.shared_memory_descriptor
+    BLOCK_D: gl.constexpr
+    STAGES: gl.constexpr
+    SLOTS: gl.constexpr
+
+
+@aggregate
+class _Walk:
+    """The way of a program through its chunk.
+
+    Attributes:
+        ranges_ptr: ``Problem.ranges``, if PACKED. seqlen: rows. length: tokens of a chunk. left: of the window.
+        ROWS: of a step: TOKENS tokens times PACK heads. TILE: keys of a tile. EPOCH: steps between two tiles.
+    """
+
+    ranges_ptr: gl.tensor
+    seqlen: gl.tensor
+    length: gl.tensor
+    left: gl.tensor
+    ROWS: gl.constexpr
+    TOKENS: gl.constexpr
+    PACK: gl.constexpr
+    TILE: gl.constexpr
+    EPOCH: gl.constexpr
+    PACKED: gl.constexpr
+
+    @gluon.jit
+    def own_chunk(self):
+        """(first token, end of the chunk's tokens, steps with its tokens, steps)."""
+        _head_k, number, _b = _own_place()
+        first = number * self.length
+        end = gl.minimum(first + self.length, self.seqlen)
+        own = (end - first + self.TOKENS - 1) // self.TOKENS
+        steps = (gl.minimum(end + 2 * self.TILE, self.seqlen) - first + self.TOKENS - 1) // self.TOKENS
+        return first, end, own, steps
 
 
 @gluon.jit
-def _load_step(q_desc, dout_desc, out_desc, q_smem, dout_smem, out_smem, full, t, b, token, head, STAGES: gl.constexpr):
-    slot = t % STAGES
-    mbarrier.expect(full.index(slot), 3 * q_desc.block_type.nbytes)
-    async_load(q_desc, [b, token, head, 0], full.index(slot), q_smem.index(slot))
-    async_load(dout_desc, [b, token, head, 0], full.index(slot), dout_smem.index(slot))
-    async_load(out_desc, [b, token, head, 0], full.index(slot), out_smem.index(slot))
+def _load_step(q_desc, dout_desc, out_desc, memory, t, b, token, head):
+    slot = t % memory.STAGES
+    mbarrier.expect(memory.full.index(slot), 3 * q_desc.block_type.nbytes)
+    async_load(q_desc, [b, token, head, 0], memory.full.index(slot), memory.q.index(slot))
+    async_load(dout_desc, [b, token, head, 0], memory.full.index(slot), memory.dout.index(slot))
+    async_load(out_desc, [b, token, head, 0], memory.full.index(slot), memory.out.index(slot))
 
 
 @gluon.jit
-def _load_tile(
-    k_desc, v_desc, k_smem, v_smem, kv_full, index, b, head_k, first, TILE: gl.constexpr, SLOTS: gl.constexpr
-):
+def _load_tile(k_desc, v_desc, memory, index, b, head_k, first, TILE: gl.constexpr):
     """Tile ``index``, of which the first two lie before the chunk. Keys before the row's first read as 0."""
-    slot = index % SLOTS
-    mbarrier.expect(kv_full.index(slot), 2 * k_desc.block_type.nbytes)
-    async_load(k_desc, [b, head_k, first + (index - 2) * TILE, 0], kv_full.index(slot), k_smem.index(slot))
-    async_load(v_desc, [b, head_k, first + (index - 2) * TILE, 0], kv_full.index(slot), v_smem.index(slot))
+    slot = index % memory.SLOTS
+    mbarrier.expect(memory.kv_full.index(slot), 2 * k_desc.block_type.nbytes)
+    async_load(k_desc, [b, head_k, first + (index - 2) * TILE, 0], memory.kv_full.index(slot), memory.k.index(slot))
+    async_load(v_desc, [b, head_k, first + (index - 2) * TILE, 0], memory.kv_full.index(slot), memory.v.index(slot))
 
 
 @gluon.jit
-def _loader(
-    q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, ranges_ptr, memory, sizes,
-    ROWS: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr, PACK: gl.constexpr, STAGES: gl.constexpr,
-    SLOTS: gl.constexpr, HAS_SINK: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    q_smem, dout_smem, out_smem, k_smem, v_smem, rows_smem, _ds_smem, _dq_smem, barriers = memory
-    full, ready, empty, kv_full, _ds_full, _ds_empty = barriers
-    lse_smem, delta_smem, sink_smem, lo_smem = rows_smem
-    seqlen, _length, _left = sizes
-    TOKENS: gl.constexpr = ROWS // PACK
-    EPOCH: gl.constexpr = TILE // TOKENS  # steps between two tiles
-    first, end, _own, steps = _chunk(sizes, ROWS, TILE, PACK)
+def _loader(q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, memory, walk, HAS_SINK: gl.constexpr):
+    ROWS: gl.constexpr = walk.ROWS
+    TOKENS: gl.constexpr = walk.TOKENS
+    PACK: gl.constexpr = walk.PACK
+    BLOCK_D: gl.constexpr = memory.BLOCK_D
+    STAGES: gl.constexpr = memory.STAGES
+    first, end, _own, steps = walk.own_chunk()
     head_k, _number, b = _own_place()
     head = head_k * PACK
     for index in gl.static_range(3):
-        _load_tile(k_desc, v_desc, k_smem, v_smem, kv_full, index, b, head_k, first, TILE, SLOTS)
+        _load_tile(k_desc, v_desc, memory, index, b, head_k, first, walk.TILE)
     for t in range(0, gl.minimum(STAGES, steps)):
-        _load_step(
-            q_desc, dout_desc, out_desc, q_smem, dout_smem, out_smem, full, t, b, first + t * TOKENS, head, STAGES
-        )
+        _load_step(q_desc, dout_desc, out_desc, memory, t, b, first + t * TOKENS, head)
     layout: gl.constexpr = gl.BlockedLayout([1, 32], [16, 2], [4, 1], [1, 0])
     rows = gl.arange(0, ROWS, layout=gl.SliceLayout(1, layout))
-    lse_base = lse_ptr + ((b * gl.num_programs(0) + head_k) * PACK + rows % PACK).to(gl.int64) * seqlen
+    lse_base = lse_ptr + ((b * gl.num_programs(0) + head_k) * PACK + rows % PACK).to(gl.int64) * walk.seqlen
     if HAS_SINK:
         sink = gl.load(sink_ptr + head + rows % PACK).to(gl.float32)
     i = first + rows // PACK
-    lse_ahead = gl.load(lse_base + i, mask=i < seqlen, other=float("-inf"))
-    if PACKED:
-        row = gl.minimum(i, seqlen - 1)
-        lo_ahead = gl.load(ranges_ptr + row)
-        hi_ahead = gl.load(ranges_ptr + seqlen + row)
+    lse_ahead = gl.load(lse_base + i, mask=i < walk.seqlen, other=float("-inf"))
+    if walk.PACKED:
+        row = gl.minimum(i, walk.seqlen - 1)
+        lo_ahead = gl.load(walk.ranges_ptr + row)
+        hi_ahead = gl.load(walk.ranges_ptr + walk.seqlen + row)
     for t in range(0, steps):
         slot = opaque(t % STAGES)
         i = first + t * TOKENS + rows // PACK
         lse = lse_ahead
-        lse_ahead = gl.load(lse_base + i + TOKENS, mask=i + TOKENS < seqlen, other=float("-inf"))
+        lse_ahead = gl.load(lse_base + i + TOKENS, mask=i + TOKENS < walk.seqlen, other=float("-inf"))
         unseeing = lse == float("-inf")
-        if PACKED:
+        if walk.PACKED:
             lo = lo_ahead
             unseeing = unseeing | (lo >= hi_ahead)
-            row = gl.minimum(i + TOKENS, seqlen - 1)
-            lo_ahead = gl.load(ranges_ptr + row)
-            hi_ahead = gl.load(ranges_ptr + seqlen + row)
-        mbarrier.wait(full.index(slot), (t // STAGES) & 1)
-        out = out_smem.index(slot).reshape([ROWS, BLOCK_D]).load(layout).to(gl.float32)
-        dout = dout_smem.index(slot).reshape([ROWS, BLOCK_D]).load(layout).to(gl.float32)
-        delta_smem.index(slot).store(gl.sum(out * dout, 1))
-        lse_smem.index(slot).store(gl.where(unseeing, float("inf"), lse * LOG2E))
+            row = gl.minimum(i + TOKENS, walk.seqlen - 1)
+            lo_ahead = gl.load(walk.ranges_ptr + row)
+            hi_ahead = gl.load(walk.ranges_ptr + walk.seqlen + row)
+        mbarrier.wait(memory.full.index(slot), (t // STAGES) & 1)
+        out = memory.out.index(slot).reshape([ROWS, BLOCK_D]).load(layout).to(gl.float32)
+        dout = memory.dout.index(slot).reshape([ROWS, BLOCK_D]).load(layout).to(gl.float32)
+        memory.delta.index(slot).store(gl.sum(out * dout, 1))
+        memory.lse.index(slot).store(gl.where(unseeing, float("inf"), lse * LOG2E))
         if HAS_SINK:
             p_sink = gl.where(unseeing | (i >= end), 0.0, gl.exp2((sink - lse) * LOG2E))
-            sink_smem.index(slot).store(p_sink)
-        if PACKED:
-            lo_smem.index(slot).store(lo)
+            memory.sink.index(slot).store(p_sink)
+        if walk.PACKED:
+            memory.lo.index(slot).store(lo)
         thread_barrier()
-        mbarrier.arrive(ready.index(slot), count=1)
+        mbarrier.arrive(memory.ready.index(slot), count=1)
         done = t - 1
         if (done >= 0) & (done + STAGES < steps):
-            mbarrier.wait(empty.index(done % STAGES), (done // STAGES) & 1)
-            _load_step(
-                q_desc, dout_desc, out_desc, q_smem, dout_smem, out_smem, full, done + STAGES,
-                b, first + (done + STAGES) * TOKENS, head, STAGES,
-            )  # fmt: skip
-            if done % EPOCH == 0:  # all have left the oldest tile, and its last dq is made
-                _load_tile(k_desc, v_desc, k_smem, v_smem, kv_full, done // EPOCH + 3, b, head_k, first, TILE, SLOTS)
+            mbarrier.wait(memory.empty.index(done % STAGES), (done // STAGES) & 1)
+            _load_step(q_desc, dout_desc, out_desc, memory, done + STAGES, b, first + (done + STAGES) * TOKENS, head)
+            if done % walk.EPOCH == 0:  # all have left the oldest tile, and its last dq is made
+                _load_tile(k_desc, v_desc, memory, done // walk.EPOCH + 3, b, head_k, first, walk.TILE)
 
 
 @gluon.jit
-def _publish(due, t, ds_full):
+def _publish(due, t, memory):
     """This consumer's dS of step t is in shared memory."""
     if due:
         fence_async_shared()
         thread_barrier()
-        mbarrier.arrive(ds_full.index(opaque(t & 1)), count=1)
+        mbarrier.arrive(memory.ds_full.index(opaque(t & 1)), count=1)
 
 
 @gluon.jit
-def _dq_in_turn(
-    due, w: gl.constexpr, t, first, softmax_scale, memory, dq_desc, ROWS: gl.constexpr, TILE: gl.constexpr,
-    BLOCK_D: gl.constexpr, PACK: gl.constexpr, SLOTS: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
+def _dq_in_turn(due, w: gl.constexpr, t, first, softmax_scale, memory, walk, dq_desc, layout: gl.constexpr):
     """dq of step t from dS of its three tiles, if it is due and consumer w's turn."""
-    _q_smem, _dout_smem, _out_smem, k_smem, _v_smem, _rows_smem, ds_smem, dq_smem, barriers = memory
-    _full, _ready, _empty, _kv_full, ds_full, ds_empty = barriers
-    TOKENS: gl.constexpr = ROWS // PACK
     if due & (t % 3 == w):
         buffer = opaque(t & 1)
-        oldest = t // (TILE // TOKENS)
-        dq = gl.zeros([ROWS, BLOCK_D], gl.float32, layout=layout)
-        mbarrier.wait(ds_full.index(buffer), (t >> 1) & 1)
+        oldest = t // walk.EPOCH
+        dq = gl.zeros([walk.ROWS, memory.BLOCK_D], gl.float32, layout=layout)
+        mbarrier.wait(memory.ds_full.index(buffer), (t >> 1) & 1)
         for r in gl.static_range(3):
-            ds = ds_smem.index(buffer * 3 + (oldest + r) % 3).permute((1, 0))
-            k = k_smem.index((oldest + r) % SLOTS).reshape([TILE, BLOCK_D])
+            ds = memory.ds.index(buffer * 3 + (oldest + r) % 3).permute((1, 0))
+            k = memory.k.index((oldest + r) % memory.SLOTS).reshape([walk.TILE, memory.BLOCK_D])
             dq = warpgroup_mma(ds, k, dq, use_acc=r > 0, is_async=True)
         dq = warpgroup_mma_wait(0, deps=[dq])
-        mbarrier.arrive(ds_empty.index(buffer), count=1)
+        mbarrier.arrive(memory.ds_empty.index(buffer), count=1)
         tma.store_wait(0)
         thread_barrier()
-        tile = dq_smem.index(opaque(w))  # addressed as dS is, with the same registers
-        tile.reshape([ROWS, BLOCK_D]).store((dq * softmax_scale).to(tile.dtype))
+        tile = memory.dq.index(opaque(w))  # addressed as dS is, with the same registers
+        tile.reshape([walk.ROWS, memory.BLOCK_D]).store((dq * softmax_scale).to(tile.dtype))
         fence_async_shared()
         thread_barrier()
         head_k, _number, b = _own_place()
-        async_store(dq_desc, [b, first + t * TOKENS, head_k * PACK, 0], tile)
+        async_store(dq_desc, [b, first + t * walk.TOKENS, head_k * walk.PACK, 0], tile)
 
 
 @gluon.jit
@@ -208,32 +221,31 @@ def _sum_of_tokens(x, HEADS: gl.constexpr):
 
 @gluon.jit
 def _consumer(
-    w: gl.constexpr, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
-    stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dvb, stride_dvt: gl.constexpr, stride_dvh,
-    D: gl.constexpr, DV: gl.constexpr, ROWS: gl.constexpr, TILE: gl.constexpr, BLOCK_D: gl.constexpr,
-    PACK: gl.constexpr, STAGES: gl.constexpr, SLOTS: gl.constexpr, HAS_SINK: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    q_smem, dout_smem, _out_smem, k_smem, v_smem, rows_smem, ds_smem, _dq_smem, barriers = memory
-    full, ready, empty, kv_full, ds_full, ds_empty = barriers
-    lse_smem, delta_smem, sink_smem, lo_smem = rows_smem
-    seqlen, _length, left = sizes
-    TOKENS: gl.constexpr = ROWS // PACK
-    EPOCH: gl.constexpr = TILE // TOKENS
+    w: gl.constexpr, dq_desc, dk_rows, dv_rows, dsink_ptr, memory, walk, softmax_scale, HAS_SINK: gl.constexpr
+):
+    ROWS: gl.constexpr = walk.ROWS
+    TOKENS: gl.constexpr = walk.TOKENS
+    PACK: gl.constexpr = walk.PACK
+    TILE: gl.constexpr = walk.TILE
+    EPOCH: gl.constexpr = walk.EPOCH
+    BLOCK_D: gl.constexpr = memory.BLOCK_D
+    STAGES: gl.constexpr = memory.STAGES
+    SLOTS: gl.constexpr = memory.SLOTS
     HEADS: gl.constexpr = max(PACK, 8)
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, ROWS, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     row: gl.constexpr = gl.SliceLayout(0, s_layout)
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
-    dtype: gl.constexpr = q_smem.dtype
+    dtype: gl.constexpr = memory.q.dtype
     scale = softmax_scale * LOG2E
-    first, end, own, steps = _chunk(sizes, ROWS, TILE, PACK)
+    first, end, own, steps = walk.own_chunk()
     column = gl.arange(0, ROWS, layout=row) // PACK
     zero = gl.zeros([TILE, ROWS], gl.float32, layout=s_layout)
     dsink = _sum_of_tokens(_sum_of_keys(zero), HEADS)
     tiles = (steps + EPOCH - 1) // EPOCH + 2
     lo_ahead = 0
-    if PACKED:
-        lo_ahead = gl.load(ranges_ptr + gl.minimum(first + TOKENS, seqlen) - 1)
+    if walk.PACKED:
+        lo_ahead = gl.load(walk.ranges_ptr + gl.minimum(first + TOKENS, walk.seqlen) - 1)
     for index in range(w, tiles, 3):
         key = first + (index - 2) * TILE
         mine = (key >= first) & (key < end)
@@ -246,73 +258,64 @@ def _consumer(
         dk = gl.zeros([TILE, BLOCK_D], gl.float32, layout=layout)
         dv = gl.zeros([TILE, BLOCK_D], gl.float32, layout=layout)
         kslot = index % SLOTS
-        mbarrier.wait(kv_full.index(kslot), (index // SLOTS) & 1)
+        mbarrier.wait(memory.kv_full.index(kslot), (index // SLOTS) & 1)
         for t in tl.range(begin, working, disable_licm=True):
             slot = opaque(t % STAGES)
             phase = (t // STAGES) & 1
             buffer = opaque(t & 1)
             token = first + t * TOKENS
-            k = k_smem.index(kslot).reshape([TILE, BLOCK_D])
-            v = v_smem.index(kslot).reshape([TILE, BLOCK_D])
-            q = q_smem.index(slot).reshape([ROWS, BLOCK_D])
-            dout = dout_smem.index(slot).reshape([ROWS, BLOCK_D])
-            mbarrier.wait(full.index(slot), phase)
+            k = memory.k.index(kslot).reshape([TILE, BLOCK_D])
+            v = memory.v.index(kslot).reshape([TILE, BLOCK_D])
+            q = memory.q.index(slot).reshape([ROWS, BLOCK_D])
+            dout = memory.dout.index(slot).reshape([ROWS, BLOCK_D])
+            mbarrier.wait(memory.full.index(slot), phase)
             s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
-            _publish((t > 0) & (t <= own), t - 1, ds_full)  # dS of the step before, now that it has landed
-            lo = gl.maximum(token + (TOKENS - 1) - left, 0)  # of the step's last row: the largest
-            if PACKED:
+            _publish((t > 0) & (t <= own), t - 1, memory)  # dS of the step before, now that it has landed
+            lo = gl.maximum(token + (TOKENS - 1) - walk.left, 0)  # of the step's last row: the largest
+            if walk.PACKED:
                 lo = lo_ahead
-                lo_ahead = gl.load(ranges_ptr + gl.minimum(token + 2 * TOKENS, seqlen) - 1)
-            mbarrier.wait(ready.index(slot), phase)
-            lse = lse_smem.index(slot).load(row)
+                lo_ahead = gl.load(walk.ranges_ptr + gl.minimum(token + 2 * TOKENS, walk.seqlen) - 1)
+            mbarrier.wait(memory.ready.index(slot), phase)
+            lse = memory.lse.index(slot).load(row)
             s = warpgroup_mma_wait(0, deps=[s])
             p = gl.exp2(s * scale - lse[None, :])
             if t // EPOCH == index - 2:  # the diagonal
                 p = gl.where((n - token)[:, None] <= column[None, :], p, 0.0)
             if lo > key:
-                if PACKED:
-                    p = gl.where(n[:, None] >= lo_smem.index(slot).load(row)[None, :], p, 0.0)
+                if walk.PACKED:
+                    p = gl.where(n[:, None] >= memory.lo.index(slot).load(row)[None, :], p, 0.0)
                 else:
-                    past = gl.where(n >= 0, n + left - token, -1)
+                    past = gl.where(n >= 0, n + walk.left - token, -1)
                     p = gl.where(past[:, None] >= column[None, :], p, 0.0)
             dp = warpgroup_mma(v, dout.permute((1, 0)), zero, use_acc=False, is_async=True)
-            delta = delta_smem.index(slot).load(row)
+            delta = memory.delta.index(slot).load(row)
             dp = warpgroup_mma_wait(0, deps=[dp])
             ds = p * dp
             if HAS_SINK:
                 of_keys = _sum_of_keys(ds)
-                p_sink = sink_smem.index(slot).load(gl.SliceLayout(0, gl.SliceLayout(1, of_keys.type.layout)))
+                p_sink = memory.sink.index(slot).load(gl.SliceLayout(0, gl.SliceLayout(1, of_keys.type.layout)))
                 dsink += _sum_of_tokens(of_keys * p_sink[None, None, :], HEADS)
             ds = (ds - p * delta[None, :]).to(dtype)
             dv = warpgroup_mma(gl.convert_layout(p.to(dtype), operand), dout, dv, is_async=True)
             dk = warpgroup_mma(gl.convert_layout(ds, operand), q, dk, is_async=True)
             if t < own:
-                mbarrier.wait(ds_empty.index(buffer), ((t >> 1) & 1) ^ 1)
-                ds_smem.index(buffer * 3 + w).store(ds)
+                mbarrier.wait(memory.ds_empty.index(buffer), ((t >> 1) & 1) ^ 1)
+                memory.ds.index(buffer * 3 + w).store(ds)
             dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
-            _dq_in_turn(
-                (t > 0) & (t <= own), w, t - 1, first, softmax_scale, memory, dq_desc,
-                ROWS, TILE, BLOCK_D, PACK, SLOTS, layout,
-            )  # fmt: skip
-            mbarrier.arrive(empty.index(slot), count=1)
+            _dq_in_turn((t > 0) & (t <= own), w, t - 1, first, softmax_scale, memory, walk, dq_desc, layout)
+            mbarrier.arrive(memory.empty.index(slot), count=1)
         for t in range(working, stop):  # of keys whose gradients belong to the next chunk
             slot = t % STAGES
-            mbarrier.wait(full.index(slot), (t // STAGES) & 1)
-            _publish(t == own, t - 1, ds_full)
-            _dq_in_turn(
-                t == own, w, t - 1, first, softmax_scale, memory, dq_desc, ROWS, TILE, BLOCK_D, PACK, SLOTS, layout
-            )
-            mbarrier.arrive(empty.index(slot), count=1)
+            mbarrier.wait(memory.full.index(slot), (t // STAGES) & 1)
+            _publish(t == own, t - 1, memory)
+            _dq_in_turn(t == own, w, t - 1, first, softmax_scale, memory, walk, dq_desc, layout)
+            mbarrier.arrive(memory.empty.index(slot), count=1)
         if mine:
             head_k, _number, b = _own_place()
-            store_rows(
-                dk_ptr, dk * softmax_scale, key, end, b, head_k, stride_dkb, stride_dkt, stride_dkh, D, BLOCK_D, layout
-            )
-            store_rows(dv_ptr, dv, key, end, b, head_k, stride_dvb, stride_dvt, stride_dvh, DV, BLOCK_D, layout)
-    _publish(own == steps, own - 1, ds_full)
-    _dq_in_turn(
-        own == steps, w, own - 1, first, softmax_scale, memory, dq_desc, ROWS, TILE, BLOCK_D, PACK, SLOTS, layout
-    )
+            dk_rows.store(dk * softmax_scale, key, end, b, head_k, layout)
+            dv_rows.store(dv, key, end, b, head_k, layout)
+    _publish(own == steps, own - 1, memory)
+    _dq_in_turn(own == steps, w, own - 1, first, softmax_scale, memory, walk, dq_desc, layout)
     tma.store_wait(0)
     if HAS_SINK:
         part = gl.sum(gl.sum(dsink, 0), 0)
@@ -338,76 +341,61 @@ def _hopper_window_bwd_kernel(
 ):  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     TOKENS: gl.constexpr = ROWS // PACK
-    q_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], q_desc.layout)
-    dout_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], dout_desc.layout)
-    out_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], out_desc.layout)
-    dq_smem = gl.allocate_shared_memory(dtype, [3, 1, TOKENS, PACK, BLOCK_D], dq_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, TILE, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, TILE, BLOCK_D], v_desc.layout)
     ds_layout: gl.constexpr = gl.NVMMASharedLayout.get_default_for([TILE, ROWS], dtype)
-    ds_smem = gl.allocate_shared_memory(dtype, [6, TILE, ROWS], ds_layout)
     row_layout: gl.constexpr = gl.SwizzledSharedLayout(1, 1, 1, order=[0])
-    lse_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
-    delta_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
-    sink_smem = gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout)
-    lo_smem = gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], row_layout)
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    ready = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    kv_full = gl.allocate_shared_memory(gl.int64, [SLOTS, 1], mbarrier.MBarrierLayout())
-    ds_full = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
-    ds_empty = gl.allocate_shared_memory(gl.int64, [2, 1], mbarrier.MBarrierLayout())
+    memory = _Memory(
+        q=gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], q_desc.layout),
+        dout=gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], dout_desc.layout),
+        out=gl.allocate_shared_memory(dtype, [STAGES, 1, TOKENS, PACK, BLOCK_D], out_desc.layout),
+        dq=gl.allocate_shared_memory(dtype, [3, 1, TOKENS, PACK, BLOCK_D], dq_desc.layout),
+        k=gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, TILE, BLOCK_D], k_desc.layout),
+        v=gl.allocate_shared_memory(dtype, [SLOTS, 1, 1, TILE, BLOCK_D], v_desc.layout),
+        ds=gl.allocate_shared_memory(dtype, [6, TILE, ROWS], ds_layout),
+        lse=gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout),
+        delta=gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout),
+        sink=gl.allocate_shared_memory(gl.float32, [STAGES, ROWS], row_layout),
+        lo=gl.allocate_shared_memory(gl.int32, [STAGES, ROWS], row_layout),
+        full=new_barriers(STAGES), ready=new_barriers(STAGES), empty=new_barriers(STAGES),
+        kv_full=new_barriers(SLOTS), ds_full=new_barriers(2), ds_empty=new_barriers(2),
+        BLOCK_D=BLOCK_D, STAGES=STAGES, SLOTS=SLOTS,
+    )  # fmt: skip
     for j in gl.static_range(STAGES):
-        mbarrier.init(full.index(j), count=1)
-        mbarrier.init(ready.index(j), count=1)
-        mbarrier.init(empty.index(j), count=3)
+        mbarrier.init(memory.full.index(j), count=1)
+        mbarrier.init(memory.ready.index(j), count=1)
+        mbarrier.init(memory.empty.index(j), count=3)
     for j in gl.static_range(SLOTS):
-        mbarrier.init(kv_full.index(j), count=1)
+        mbarrier.init(memory.kv_full.index(j), count=1)
     for j in gl.static_range(2):
-        mbarrier.init(ds_full.index(j), count=3)
-        mbarrier.init(ds_empty.index(j), count=1)
+        mbarrier.init(memory.ds_full.index(j), count=3)
+        mbarrier.init(memory.ds_empty.index(j), count=1)
     fence_async_shared()
-    barriers = (full, ready, empty, kv_full, ds_full, ds_empty)
-    rows_smem = (lse_smem, delta_smem, sink_smem, lo_smem)
-    memory = (q_smem, dout_smem, out_smem, k_smem, v_smem, rows_smem, ds_smem, dq_smem, barriers)
-    sizes = (seqlen, length, left)
-    # constexprs survive only in tuples written out here
+    walk = _Walk(
+        ranges_ptr=ranges_ptr, seqlen=seqlen, length=length, left=left,
+        ROWS=ROWS, TOKENS=TOKENS, PACK=PACK, TILE=TILE, EPOCH=TILE // TOKENS, PACKED=PACKED,
+    )  # fmt: skip
+    dk = Rows(ptr=dk_ptr, stride_b=stride_dkb, stride_t=stride_dkt, stride_h=stride_dkh, COLUMNS=D, BLOCK=BLOCK_D)
+    dv = Rows(ptr=dv_ptr, stride_b=stride_dvb, stride_t=stride_dvt, stride_h=stride_dvh, COLUMNS=DV, BLOCK=BLOCK_D)
     gl.warp_specialize(
         [
-            (_loader, (
-                q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, ranges_ptr, memory, sizes,
-                ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
-            )),
-            (_consumer, (
-                0, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
-                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
-                D, DV, ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
-            )),
-            (_consumer, (
-                1, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
-                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
-                D, DV, ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
-            )),
-            (_consumer, (
-                2, dq_desc, dk_ptr, dv_ptr, dsink_ptr, ranges_ptr, memory, sizes, softmax_scale,
-                stride_dkb, stride_dkt, stride_dkh, stride_dvb, stride_dvt, stride_dvh,
-                D, DV, ROWS, TILE, BLOCK_D, PACK, STAGES, SLOTS, HAS_SINK, PACKED,
-            )),
+            (_loader, (q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, memory, walk, HAS_SINK)),
+            (_consumer, (0, dq_desc, dk, dv, dsink_ptr, memory, walk, softmax_scale, HAS_SINK)),
+            (_consumer, (1, dq_desc, dk, dv, dsink_ptr, memory, walk, softmax_scale, HAS_SINK)),
+            (_consumer, (2, dq_desc, dk, dv, dsink_ptr, memory, walk, softmax_scale, HAS_SINK)),
         ],
         [4, 4, 4],
         [REGISTERS, REGISTERS, REGISTERS],
-    )  # fmt: skip
+    )
 
 
 def chunk_length(seqlen: int, heads: int, programs: int) -> int:
-    """Tokens of a chunk: the multiple of TILE that gives the busiest of ``programs`` the least to do."""
+    """Tokens of a chunk: the multiple of WINDOW.tile that gives the busiest of ``programs`` the least to do."""
 
     def work(length: int) -> tuple[int, int]:
         rounds = ceil_div(heads * ceil_div(seqlen, length), programs)
-        return rounds * (length + HALO + TILE), -length
+        return rounds * (length + WINDOW.halo + WINDOW.tile), -length
 
-    tiles = ceil_div(seqlen, TILE)
-    return min((ceil_div(tiles, n) * TILE for n in range(1, tiles + 1)), key=work)
+    tiles = ceil_div(seqlen, WINDOW.tile)
+    return min((ceil_div(tiles, n) * WINDOW.tile for n in range(1, tiles + 1)), key=work)
 
 
 @planned
@@ -419,12 +407,12 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
     length = chunk_length(problem.seqlen_q, problem.batch * problem.heads_k, multiprocessors(q.device))
     chunks, out_shape = ceil_div(problem.seqlen_q, length), (*q.shape[:3], dv)
     blocks = {
-        "q_desc": token_blocks(q.shape, q.stride(), q.dtype, ROWS // group, group),
-        "dout_desc": token_blocks(out_shape, dout_strides, q.dtype, ROWS // group, group),
-        "out_desc": token_blocks(out_shape, out_strides, q.dtype, ROWS // group, group),
-        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, TILE),
-        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, TILE),
-        "dq_desc": token_blocks(q.shape, dq_strides, q.dtype, ROWS // group, group),
+        "q_desc": token_blocks(q.shape, q.stride(), q.dtype, WINDOW.rows // group, group),
+        "dout_desc": token_blocks(out_shape, dout_strides, q.dtype, WINDOW.rows // group, group),
+        "out_desc": token_blocks(out_shape, out_strides, q.dtype, WINDOW.rows // group, group),
+        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, WINDOW.tile),
+        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, WINDOW.tile),
+        "dq_desc": token_blocks(q.shape, dq_strides, q.dtype, WINDOW.rows // group, group),
     }
     launch = Launch(
         _hopper_window_bwd_kernel,
@@ -438,15 +426,15 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
         **strides("dv", dv_strides),
         D=d,
         DV=dv,
-        ROWS=ROWS,
-        TILE=TILE,
-        BLOCK_D=BLOCK_D,
+        ROWS=WINDOW.rows,
+        TILE=WINDOW.tile,
+        BLOCK_D=WINDOW.block_d,
         PACK=group,
-        STAGES=STAGES,
-        SLOTS=SLOTS,
+        STAGES=WINDOW.stages,
+        SLOTS=WINDOW.slots,
         HAS_SINK=call.sinks is not None,
         PACKED=call.mask.packed,
-        REGISTERS=REGISTERS,
+        REGISTERS=WINDOW.registers,
         num_warps=4,
     )
     return launch, chunks * problem.batch * 3
@@ -466,8 +454,8 @@ def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, d
         and seqlen >= MIN_SEQLEN
         and batch * seqlen >= MIN_TOKENS
         and batch <= MAX_BATCH
-        and q.shape[2] // k.shape[2] in GROUPS
-        and 32 < max(q.shape[-1], v.shape[-1]) <= BLOCK_D
+        and q.shape[2] // k.shape[2] in WINDOW.groups
+        and 32 < max(q.shape[-1], v.shape[-1]) <= WINDOW.block_d
         and all(map(addressable, (q, k, v, out, dout, dq)))
     )
 

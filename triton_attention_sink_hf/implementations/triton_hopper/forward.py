@@ -2,7 +2,7 @@
 
 The producer warp fills a ring with K and V through the copy engine. A consumer takes the softmax of one block of
 scores, then issues this block's P V and the next block's scores together: exponentials of one warpgroup overlap the
-products of the others, which (TURNS) have the tensor cores to themselves in turn, by named barriers. P stays in
+products of the others, which (PINGPONG) have the tensor cores to themselves in turn, by named barriers. P stays in
 registers. Programs are persistent, and the next block may be the first of the next tile, so the pipeline never drains;
 heavy tiles come first, in sections of heads whose keys fit L2.
 """
@@ -20,66 +20,96 @@ from ..common.primitives import LN2, LOG2E
 from ..common.problem import Problem, ceil_div, multiprocessors, planned, strides
 from ..common.relaunch import Launch
 from .config import forward_config
-from .gluon_compat import async_load
+from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
-from .tile_table import persistent_item, table_slots, tile_count, tile_table, work_item
-from .vocabulary import block_range, interval, opaque_zero, own_blocks
+from .tile_table import table_slots, tile_table
+from .vocabulary import Rows, Tiles, item_of_round, named_barrier, new_barriers, opaque_zero
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
+FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton numbers its own from 0
 LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # of fp32
 
 
+@aggregate
+class _Memory:
+    """Shared memory: 64 rows of q for each of CONSUMERS in Q_BUFFERS buffers; a ring of STAGES slots, each with a block
+    of BLOCK_N keys and the values of the block before; barriers. PINGPONG: consumers take turns at the tensor cores."""
+
+    q: gl.shared_memory_descriptor
+    k: gl.shared_memory_descriptor
+    v: gl.shared_memory_descriptor
+    q_full: gl.shared_memory_descriptor
+    q_empty: gl.shared_memory_descriptor
+    full: gl.shared_memory_descriptor
+    empty: gl.shared_memory_descriptor
+    BLOCK_N: gl.constexpr
+    BLOCK_D: gl.constexpr
+    BLOCK_DV: gl.constexpr
+    CONSUMERS: gl.constexpr
+    STAGES: gl.constexpr
+    Q_BUFFERS: gl.constexpr
+    PINGPONG: gl.constexpr
+
+    @gluon.jit
+    def queries(self, buffer):
+        """The operand for one loop or branch; each asks for its own (see ``opaque_zero``)."""
+        return self.q.index(buffer + opaque_zero()).reshape([64, self.BLOCK_D])
+
+    @gluon.jit
+    def keys(self, slot):
+        return self.k.index(slot).reshape([self.BLOCK_N, self.BLOCK_D])
+
+    @gluon.jit
+    def values(self, slot):
+        return self.v.index(slot).reshape([self.BLOCK_N, self.BLOCK_DV])
+
+
 @gluon.jit
-def _load_pair(
-    k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head, n0, v_b, v_head, v_n0, STAGES: gl.constexpr
-):  # fmt: skip
+def _load_pair(k_desc, v_desc, memory, c, b, head, n0, v_b, v_head, v_n0):
     """Slot c of the ring: K of this block and V of the block before it, since one step uses both."""
-    s = c % STAGES
+    s = c % memory.STAGES
     has_v = c > 0
-    mbarrier.wait(empty.index(s), ((c // STAGES) & 1) ^ 1)
+    mbarrier.wait(memory.empty.index(s), ((c // memory.STAGES) & 1) ^ 1)
     k_bytes: gl.constexpr = k_desc.block_type.nbytes
     v_bytes: gl.constexpr = v_desc.block_type.nbytes
-    mbarrier.expect(full.index(s), k_bytes + v_bytes, pred=has_v)
-    mbarrier.expect(full.index(s), k_bytes, pred=c == 0)
-    async_load(k_desc, [b, head, n0, 0], full.index(s), k_smem.index(s))
-    async_load(v_desc, [v_b, v_head, v_n0, 0], full.index(s), v_smem.index(s), pred=has_v)
+    mbarrier.expect(memory.full.index(s), k_bytes + v_bytes, pred=has_v)
+    mbarrier.expect(memory.full.index(s), k_bytes, pred=c == 0)
+    async_load(k_desc, [b, head, n0, 0], memory.full.index(s), memory.k.index(s))
+    async_load(v_desc, [v_b, v_head, v_n0, 0], memory.full.index(s), memory.v.index(s), pred=has_v)
 
 
 @gluon.jit
 def _producer(
-    q_desc, k_desc, v_desc, memory, sizes,
-    BLOCK_N: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
+    q_desc, k_desc, v_desc, memory, queries
 ):  # fmt: skip
-    q_smem, k_smem, v_smem, q_full, q_empty, full, empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section = sizes
-    TILE: gl.constexpr = 64 * CONSUMERS
+    BLOCK_N: gl.constexpr = memory.BLOCK_N
+    CONSUMERS: gl.constexpr = memory.CONSUMERS
+    STAGES: gl.constexpr = memory.STAGES
+    Q_BUFFERS: gl.constexpr = memory.Q_BUFFERS
     c = 0
     i = 0
     v_b = 0
     v_head = 0
     v_n0 = 0
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    for _ in range(gl.program_id(0), tiles * heads, gl.num_programs(0)):
-        item = persistent_item(i, tiles * heads)
-        first, end, bh = work_item(item, table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED)
-        b = bh // heads_q
-        head = bh - b * heads_q
-        head_k = head // group
-        start, n = block_range(
-            first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
-        )
+    count = queries.count()
+    for _ in range(gl.program_id(0), count * queries.total, gl.num_programs(0)):
+        first, end, bh = queries.item(item_of_round(i, count * queries.total), count)
+        b = bh // queries.heads
+        head = bh - b * queries.heads
+        head_k = head // queries.group
+        start, n = queries.block_range(first, end, BLOCK_N, 1)
         n0 = start + (n - 1) * BLOCK_N
-        _load_pair(k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, v_b, v_head, v_n0, STAGES)
+        _load_pair(k_desc, v_desc, memory, c, b, head_k, n0, v_b, v_head, v_n0)
         c += 1
         buffer = i % Q_BUFFERS * CONSUMERS
         for w in gl.static_range(CONSUMERS):
-            mbarrier.wait(q_empty.index(buffer + w), (i // Q_BUFFERS & 1) ^ 1)
-            mbarrier.expect(q_full.index(buffer + w), q_desc.block_type.nbytes)
-            async_load(q_desc, [b, head, first + w * 64, 0], q_full.index(buffer + w), q_smem.index(buffer + w))
+            mbarrier.wait(memory.q_empty.index(buffer + w), (i // Q_BUFFERS & 1) ^ 1)
+            q_full = memory.q_full.index(buffer + w)
+            mbarrier.expect(q_full, q_desc.block_type.nbytes)
+            async_load(q_desc, [b, head, first + w * 64, 0], q_full, memory.q.index(buffer + w))
         for _ in range(1, n):
             n0 -= BLOCK_N
-            _load_pair(k_desc, v_desc, k_smem, v_smem, full, empty, c, b, head_k, n0, b, head_k, n0 + BLOCK_N, STAGES)
+            _load_pair(k_desc, v_desc, memory, c, b, head_k, n0, b, head_k, n0 + BLOCK_N)
             c += 1
         v_b = b
         v_head = head_k
@@ -87,38 +117,25 @@ def _producer(
         i += 1  # noqa: SIM113
     if c > 0:  # the last V
         s = c % STAGES
-        mbarrier.wait(empty.index(s), ((c // STAGES) & 1) ^ 1)
-        mbarrier.expect(full.index(s), v_desc.block_type.nbytes)
-        async_load(v_desc, [v_b, v_head, v_n0, 0], full.index(s), v_smem.index(s))
+        mbarrier.wait(memory.empty.index(s), ((c // STAGES) & 1) ^ 1)
+        mbarrier.expect(memory.full.index(s), v_desc.block_type.nbytes)
+        async_load(v_desc, [v_b, v_head, v_n0, 0], memory.full.index(s), memory.v.index(s))
 
 
 @gluon.jit
 def _wait_for_turn(w: gl.constexpr):
-    if w == 0:
-        gl.inline_asm_elementwise("bar.sync 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    elif w == 1:
-        gl.inline_asm_elementwise("bar.sync 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise("bar.sync 10, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    named_barrier("sync", FIRST_BARRIER + w, 256)
 
 
 @gluon.jit
 def _pass_turn_to(w: gl.constexpr):
-    if w == 0:
-        gl.inline_asm_elementwise("bar.arrive 8, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    elif w == 1:
-        gl.inline_asm_elementwise("bar.arrive 9, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
-    else:
-        gl.inline_asm_elementwise("bar.arrive 10, 256; mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+    named_barrier("arrive", FIRST_BARRIER + w, 256)
 
 
 @gluon.jit
-def _softmax(
-    s, m, l, scale, lo, hi, n0, MASKED: gl.constexpr, HAS_LO: gl.constexpr, BLOCK_N: gl.constexpr,
-    col_layout: gl.constexpr,
-):  # fmt: skip
+def _softmax(s, m, l, scale, lo, hi, n0, MASKED: gl.constexpr, HAS_LO: gl.constexpr):
     if MASKED:
-        j = n0 + gl.arange(0, BLOCK_N, layout=col_layout)
+        j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         visible = j[None, :] < hi[:, None]
         if HAS_LO:
             visible = visible & (j[None, :] >= lo[:, None])
@@ -131,146 +148,126 @@ def _softmax(
 
 
 @gluon.jit
-def _hide_left(s, lo, n0, edge, BLOCK_N: gl.constexpr, col_layout: gl.constexpr):
+def _mask_left(s, lo, n0, edge):
     """Scores of keys from n0 on, -inf before each row's ``lo``; blocks from ``edge`` on have no such keys."""
     if edge > 0:
-        j = n0 + gl.arange(0, BLOCK_N, layout=col_layout)
+        j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where(j[None, :] >= lo[:, None], s, float("-inf"))
     return s
 
 
 @gluon.jit
 def _step(
-    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w: gl.constexpr,
-    MASKED: gl.constexpr, HAS_LO: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-    col_layout: gl.constexpr, acc_row_layout: gl.constexpr, p_layout: gl.constexpr,
-):  # fmt: skip
+    s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w: gl.constexpr, MASKED: gl.constexpr, HAS_LO: gl.constexpr
+):
     """Softmax of the scores s, then this block's P V and the next block's scores: slot c holds both operands."""
-    slot = c % STAGES
-    p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, MASKED, HAS_LO, BLOCK_N, col_layout)
-    acc = acc * gl.convert_layout(alpha, acc_row_layout)[:, None]
-    p = gl.convert_layout(p.to(q.dtype), p_layout)
-    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
-    if TURNS:
+    slot = c % memory.STAGES
+    acc_layout: gl.constexpr = acc.type.layout
+    p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, MASKED, HAS_LO)
+    acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
+    p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
+    mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
+    if memory.PINGPONG:
         _wait_for_turn(w)
-    k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
+    k = memory.keys(slot)
     # P V first: then the rescaling and rounding that it needs cannot end up between the instructions of Q K
-    acc = warpgroup_mma(p, v_smem.index(slot).reshape([BLOCK_N, BLOCK_DV]), acc, use_acc=True, is_async=True)
+    acc = warpgroup_mma(p, memory.values(slot), acc, use_acc=True, is_async=True)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if TURNS:  # the next one's products queue up behind this one's last
+    if memory.PINGPONG:  # the next one's products queue up behind this one's last
         s, acc = warpgroup_mma_wait(1, deps=[s, acc])
-        _pass_turn_to((w + 1) % CONSUMERS)
+        _pass_turn_to((w + 1) % memory.CONSUMERS)
     s, acc = warpgroup_mma_wait(0, deps=[s, acc])
-    mbarrier.arrive(empty.index(slot), count=1)
+    mbarrier.arrive(memory.empty.index(slot), count=1)
     return s, acc, m, l
 
 
 @gluon.jit
-def _queries(buffer, q_smem, BLOCK_D: gl.constexpr):
-    """The operand for one loop or branch; each asks for its own (see ``opaque_zero``)."""
-    return q_smem.index(buffer + opaque_zero()).reshape([64, BLOCK_D])
-
-
-@gluon.jit
-def _skip(c, full, empty, w: gl.constexpr, CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr):
+def _skip(c, memory, w: gl.constexpr):
     """Give slot c back unused, but not before it is filled: until then the others may still hold what was in it."""
-    slot = c % STAGES
-    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
-    if TURNS:
+    slot = c % memory.STAGES
+    mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
+    if memory.PINGPONG:
         _wait_for_turn(w)
-        _pass_turn_to((w + 1) % CONSUMERS)
-    mbarrier.arrive(empty.index(slot), count=1)
+        _pass_turn_to((w + 1) % memory.CONSUMERS)
+    mbarrier.arrive(memory.empty.index(slot), count=1)
 
 
 @gluon.jit
-def _scores(
-    c, buffer, q_smem, k_smem, full, empty, zero, w: gl.constexpr, BLOCK_N: gl.constexpr, BLOCK_D: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, TURNS: gl.constexpr,
-):  # fmt: skip
+def _scores(c, buffer, memory, zero, w: gl.constexpr):
     """Scores of the block whose K slot c holds; its V is of a block that these rows do not see."""
-    slot = c % STAGES
-    mbarrier.wait(full.index(slot), (c // STAGES) & 1)
-    if TURNS:
+    slot = c % memory.STAGES
+    mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
+    if memory.PINGPONG:
         _wait_for_turn(w)
-    q = _queries(buffer, q_smem, BLOCK_D)
-    k = k_smem.index(slot).reshape([BLOCK_N, BLOCK_D])
+    q = memory.queries(buffer)
+    k = memory.keys(slot)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if TURNS:
-        _pass_turn_to((w + 1) % CONSUMERS)
+    if memory.PINGPONG:
+        _pass_turn_to((w + 1) % memory.CONSUMERS)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(empty.index(slot), count=1)
+    mbarrier.arrive(memory.empty.index(slot), count=1)
     return s
 
 
 @gluon.jit
-def _consumer(
-    w: gl.constexpr, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale,
-    stride_ob, stride_ot: gl.constexpr, stride_oh,
-    DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, TURNS: gl.constexpr,
-    HAS_SINK: gl.constexpr, HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    q_smem, k_smem, v_smem, q_full, q_empty, full, empty = memory
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, _group, left, right, slots, tiles, heads, section = sizes
-    TILE: gl.constexpr = 64 * CONSUMERS
+def _coming_item(r, queries, count, items):
+    """The item of round r from the table; past the last round, one that exists."""
+    coming = gl.minimum(item_of_round(r, items), items - 1)
+    return queries.item(gl.maximum(coming, 0), count)
+
+
+@gluon.jit
+def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK: gl.constexpr):
+    BLOCK_N: gl.constexpr = memory.BLOCK_N
+    BLOCK_DV: gl.constexpr = memory.BLOCK_DV
+    CONSUMERS: gl.constexpr = memory.CONSUMERS
+    Q_BUFFERS: gl.constexpr = memory.Q_BUFFERS
+    HAS_LEFT: gl.constexpr = queries.HAS_BEFORE
+    PACKED: gl.constexpr = queries.PACKED
     SKIPS: gl.constexpr = BLOCK_DV <= 128  # beyond, it takes registers that are not there
     SHARED: gl.constexpr = PACKED and not HAS_LEFT  # by short segments, whose rows do not see all from the left on
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
-    p_layout: gl.constexpr = gl.DotOperandLayout(0, acc_layout, 2)
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
-    col_layout: gl.constexpr = gl.SliceLayout(0, s_layout)
-    dtype: gl.constexpr = q_smem.dtype
+    dtype: gl.constexpr = memory.q.dtype
     scale = softmax_scale * LOG2E
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    items = tiles * heads
-    if TURNS and w == CONSUMERS - 1:  # the turn starts with warpgroup 0 and goes round once a block
+    count = queries.count()
+    items = count * queries.total
+    if memory.PINGPONG and w == CONSUMERS - 1:  # the turn starts with warpgroup 0 and goes round once a block
         _pass_turn_to(0)
     some = gl.program_id(0) < items
-    mbarrier.wait(q_full.index(w), 0, pred=some)
-    mbarrier.wait(full.index(0), 0, pred=some)
-    k = k_smem.index(0).reshape([BLOCK_N, BLOCK_D])
-    s = warpgroup_mma(q_smem.index(w).reshape([64, BLOCK_D]), k.permute((1, 0)), zero, use_acc=False, is_async=True)
+    mbarrier.wait(memory.q_full.index(w), 0, pred=some)
+    mbarrier.wait(memory.full.index(0), 0, pred=some)
+    k = memory.keys(0)
+    q = memory.q.index(w).reshape([64, memory.BLOCK_D])
+    s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
-    mbarrier.arrive(empty.index(0), count=1)
+    mbarrier.arrive(memory.empty.index(0), count=1)
     c = 1  # slots of the ring that were used
     i = 0  # tiles done
     next_first = 0
     next_end = 0
     next_bh = 0
     if PACKED:
-        coming = gl.minimum(persistent_item(0, items), items - 1)
-        next_first, next_end, next_bh = work_item(
-            gl.maximum(coming, 0), table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED
-        )
+        next_first, next_end, next_bh = _coming_item(0, queries, count, items)
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         if not PACKED:
-            next_first, next_end, next_bh = work_item(
-                persistent_item(i, items), table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED
-            )
+            next_first, next_end, next_bh = queries.item(item_of_round(i, items), count)
         first = next_first
         end = next_end
         bh = next_bh
-        b = bh // heads_q
-        head = bh - b * heads_q
-        start, n = block_range(
-            first, end, ranges_ptr, seqlen_q, seqlen_k, left, right, TILE, BLOCK_N, 1, HAS_LEFT, HAS_RIGHT, PACKED
-        )
+        b = bh // queries.heads
+        head = bh - b * queries.heads
+        start, n = queries.block_range(first, end, BLOCK_N, 1)
         if PACKED:  # the table's entry of the next tile: its latency is hidden behind this one
-            coming = gl.minimum(persistent_item(i + 1, items), items - 1)
-            next_first, next_end, next_bh = work_item(
-                gl.maximum(coming, 0), table_ptr, slots, tiles, seqlen_q, section, TILE, True, PACKED
-            )
+            next_first, next_end, next_bh = _coming_item(i + 1, queries, count, items)
         token = first + w * 64
-        own, edge, unmasked = own_blocks(
-            token, end, start, n, ranges_ptr, seqlen_q, seqlen_k, left, right, 64, BLOCK_N, HAS_LEFT, HAS_RIGHT, PACKED
-        )
+        own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
         own = gl.maximum(own, 1) if SKIPS else n
         rows = token + gl.arange(0, 64, layout=row_layout)
-        lo, hi = interval(rows, end, ranges_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED)
+        lo, hi = queries.interval(rows, end)
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
@@ -279,9 +276,9 @@ def _consumer(
         # s holds the scores of block n - 1. Where these rows see nothing of it, nor of those below it, until block own
         if SKIPS and own < n:
             for _ in range(own, n - 1):
-                _skip(c, full, empty, w, CONSUMERS, STAGES, TURNS)
+                _skip(c, memory, w)
                 c += 1
-            s = _scores(c, buffer, q_smem, k_smem, full, empty, zero, w, BLOCK_N, BLOCK_D, CONSUMERS, STAGES, TURNS)
+            s = _scores(c, buffer, memory, zero, w)
             c += 1
         # blocks own - 1 to 1, descending; block 0 follows below
         right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
@@ -289,45 +286,33 @@ def _consumer(
         if SHARED:  # all of its few blocks are masked
             right_edge = gl.where(edge > 0, own - 1, right_edge)
             middle = gl.where(edge > 0, own - 1, middle)
-        q = _queries(buffer, q_smem, BLOCK_D)
+        q = memory.queries(buffer)
         for _ in range(0, right_edge):
             if SHARED:
-                s = _hide_left(s, lo, n0, edge, BLOCK_N, col_layout)
-            s, acc, m, l = _step(
-                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, False,
-                BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
-            )  # fmt: skip
+                s = _mask_left(s, lo, n0, edge)
+            s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, False)
             c += 1
             n0 -= BLOCK_N
-        q = _queries(buffer, q_smem, BLOCK_D)
+        q = memory.queries(buffer)
         for _ in range(right_edge, middle):
-            s, acc, m, l = _step(
-                s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, False, False,
-                BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
-            )  # fmt: skip
+            s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, False, False)
             c += 1
             n0 -= BLOCK_N
         if HAS_LEFT:
-            q = _queries(buffer, q_smem, BLOCK_D)
+            q = memory.queries(buffer)
             for _ in range(middle, own - 1):
-                s, acc, m, l = _step(
-                    s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, True,
-                    BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
-                )  # fmt: skip
+                s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, True)
                 c += 1
                 n0 -= BLOCK_N
-        mbarrier.arrive(q_empty.index(buffer), count=1)
+        mbarrier.arrive(memory.q_empty.index(buffer), count=1)
         # The last block's P V goes out with the first scores of the next tile; after the last tile these are waste.
         i += 1  # noqa: SIM113
         following = i % Q_BUFFERS * CONSUMERS + w
-        mbarrier.wait(q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
-        q = _queries(following, q_smem, BLOCK_D)
+        mbarrier.wait(memory.q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
+        q = memory.queries(following)
         if HAS_LEFT or SHARED:
-            s = _hide_left(s, lo, n0, edge, BLOCK_N, col_layout)
-        s, acc, m, l = _step(
-            s, acc, m, l, c, q, k_smem, v_smem, full, empty, scale, lo, hi, n0, zero, w, True, False,
-            BLOCK_N, BLOCK_D, BLOCK_DV, CONSUMERS, STAGES, TURNS, col_layout, acc_row_layout, p_layout,
-        )  # fmt: skip
+            s = _mask_left(s, lo, n0, edge)
+        s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, False)
         c += 1
 
         # The sink joins last, in natural units, so that a row that it dominates has lse = sink exactly. So has a row
@@ -345,21 +330,15 @@ def _consumer(
         l = gl.where(nothing, 1.0, l)
         lse = gl.where(nothing, float("-inf"), top + gl.log2(l) * LN2)
         factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), acc_row_layout)
-        gl.store(lse_ptr + bh.to(gl.int64) * seqlen_q + rows, lse, mask=rows < end)
+        gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
         if BLOCK_DV <= 64:  # wide stores; larger heads leave no shared memory for the exchange
             store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
             out = gl.convert_layout(out, store_layout)
         else:
             store_layout: gl.constexpr = acc_layout
-        out_rows = token + gl.arange(0, 64, layout=gl.SliceLayout(1, store_layout))
-        columns = gl.arange(0, BLOCK_DV, layout=gl.SliceLayout(0, store_layout))
-        out_base = out_ptr + b.to(gl.int64) * stride_ob + head.to(gl.int64) * stride_oh
-        mask = (out_rows < end)[:, None]
-        if DV < BLOCK_DV:
-            mask = mask & (columns < DV)[None, :]
-        gl.store(out_base + out_rows.to(gl.int64)[:, None] * stride_ot + columns[None, :], out, mask=mask)
-    if TURNS and w == 0:
+        out_rows.store(out, token, end, b, head, store_layout)
+    if memory.PINGPONG and w == 0:
         _wait_for_turn(0)
 
 
@@ -373,75 +352,55 @@ def _hopper_fwd_kernel(
     stride_ob, stride_ot: gl.constexpr, stride_oh, stride_od: gl.constexpr,
     DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
     CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    TURNS: gl.constexpr, HAS_SINK: gl.constexpr,
+    PINGPONG: gl.constexpr, HAS_SINK: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
+    queries = Tiles(
+        ranges_ptr=ranges_ptr, table_ptr=table_ptr, rows=seqlen_q, others=seqlen_k, heads=heads_q, group=group,
+        before=left, after=right, slots=slots, tiles=tiles, total=heads, section=section,
+        TILE=64 * CONSUMERS, LAST_FIRST=True, HAS_BEFORE=HAS_LEFT, HAS_AFTER=HAS_RIGHT, PACKED=PACKED,
+    )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
-    q_smem = gl.allocate_shared_memory(dtype, [Q_BUFFERS * CONSUMERS, 1, 1, 64, BLOCK_D], q_desc.layout)
-    k_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout)
-    v_smem = gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout)
-    q_full = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], mbarrier.MBarrierLayout())
-    q_empty = gl.allocate_shared_memory(gl.int64, [Q_BUFFERS * CONSUMERS, 1], mbarrier.MBarrierLayout())
-    full = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
-    empty = gl.allocate_shared_memory(gl.int64, [STAGES, 1], mbarrier.MBarrierLayout())
+    memory = _Memory(
+        q=gl.allocate_shared_memory(dtype, [Q_BUFFERS * CONSUMERS, 1, 1, 64, BLOCK_D], q_desc.layout),
+        k=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout),
+        v=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout),
+        q_full=new_barriers(Q_BUFFERS * CONSUMERS), q_empty=new_barriers(Q_BUFFERS * CONSUMERS),
+        full=new_barriers(STAGES), empty=new_barriers(STAGES),
+        BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
+        CONSUMERS=CONSUMERS, STAGES=STAGES, Q_BUFFERS=Q_BUFFERS, PINGPONG=PINGPONG,
+    )  # fmt: skip
     for j in gl.static_range(Q_BUFFERS * CONSUMERS):
-        mbarrier.init(q_full.index(j), count=1)
-        mbarrier.init(q_empty.index(j), count=1)
+        mbarrier.init(memory.q_full.index(j), count=1)
+        mbarrier.init(memory.q_empty.index(j), count=1)
     for j in gl.static_range(STAGES):
-        mbarrier.init(full.index(j), count=1)
-        mbarrier.init(empty.index(j), count=CONSUMERS)
+        mbarrier.init(memory.full.index(j), count=1)
+        mbarrier.init(memory.empty.index(j), count=CONSUMERS)
     fence_async_shared()
-    memory = (q_smem, k_smem, v_smem, q_full, q_empty, full, empty)
-    sizes = (ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section)
+    out = Rows(ptr=out_ptr, stride_b=stride_ob, stride_t=stride_ot, stride_h=stride_oh, COLUMNS=DV, BLOCK=BLOCK_DV)
     # constexprs survive only in tuples written out here
     if CONSUMERS == 3:
         gl.warp_specialize(
             [
-                (_consumer, (
-                    0, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
-                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
-                (_consumer, (
-                    1, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
-                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
-                (_consumer, (
-                    2, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
-                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
-                (_producer, (
-                    q_desc, k_desc, v_desc, memory, sizes, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
+                (_consumer, (0, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+                (_consumer, (1, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+                (_consumer, (2, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+                (_producer, (q_desc, k_desc, v_desc, memory, queries)),
             ],
             [4, 4, 1],
             [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        )
     else:
         gl.warp_specialize(
             [
-                (_consumer, (
-                    0, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
-                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
-                (_consumer, (
-                    1, out_ptr, lse_ptr, sink_ptr, memory, sizes, softmax_scale, stride_ob, stride_ot, stride_oh,
-                    DV, BLOCK_D, BLOCK_DV, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS, TURNS,
-                    HAS_SINK, HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
-                (_producer, (
-                    q_desc, k_desc, v_desc, memory, sizes, BLOCK_N, CONSUMERS, STAGES, Q_BUFFERS,
-                    HAS_LEFT, HAS_RIGHT, PACKED,
-                )),
+                (_consumer, (0, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+                (_consumer, (1, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+                (_producer, (q_desc, k_desc, v_desc, memory, queries)),
             ],
             [4, 1],
             [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )  # fmt: skip
+        )
 
 
 @planned
@@ -465,7 +424,7 @@ def _plan(problem: Problem, out_strides) -> tuple:
         "CONSUMERS": config.consumers,
         "STAGES": config.stages,
         "Q_BUFFERS": config.q_buffers,
-        "TURNS": config.turns,
+        "PINGPONG": config.pingpong,
         "HAS_SINK": call.sinks is not None,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],

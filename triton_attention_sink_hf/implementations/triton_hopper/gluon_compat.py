@@ -1,5 +1,6 @@
 """What is called otherwise in triton 3.6 than in later releases."""
 
+from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import tma
 
@@ -22,3 +23,19 @@ else:
 
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
+
+if hasattr(gluon, "aggregate"):
+    aggregate = gluon.aggregate
+else:
+    from triton.language.core import _aggregate
+
+    def aggregate(cls):
+        """Fields by keyword only: 3.6 does not hash their order into the key of a compiled kernel."""
+
+        def init(self, **fields):
+            for name, value in fields.items():
+                setattr(self, name, value)
+
+        init.__triton_builtin__ = True  # else 3.6 takes it for a function to compile
+        cls.__init__ = init
+        return _aggregate(cls)

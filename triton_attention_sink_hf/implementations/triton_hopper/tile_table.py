@@ -1,4 +1,4 @@
-"""Tiles of rows: the table of those of packed rows, and which tile a program takes."""
+"""The table of the tiles of packed rows: its kernel and its launch."""
 
 from __future__ import annotations
 
@@ -7,80 +7,10 @@ import functools
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.experimental import gluon
-from triton.experimental.gluon import language as gl
 
 from ..common.problem import MAX_PLANS, ceil_div
 from ..common.relaunch import Launch
-from .vocabulary import block_range
-
-
-@gluon.jit
-def tile_count(table_ptr, tiles, PACKED: gl.constexpr):
-    """Tiles of a head: of packed rows only the device knows, and the host's count is an upper bound."""
-    if PACKED:
-        return gl.load(table_ptr)
-    return tiles
-
-
-@gluon.jit
-def is_surplus(table_ptr, heads):
-    """Whether this program, one for each tile that packed rows could have, has none."""
-    return gl.program_id(0) >= gl.load(table_ptr) * heads
-
-
-@gluon.jit
-def persistent_item(r, items):
-    """Item of this program in round r of persistent programs: every other round runs backwards.
-
-    With the heaviest first, the program that had the heavier item of one round has the lighter one of the next.
-    """
-    before = r * gl.num_programs(0)
-    width = gl.minimum(gl.num_programs(0), items - before)
-    p = gl.program_id(0)
-    return before + gl.where(r % 2 == 0, p, width - 1 - p)
-
-
-@gluon.jit
-def work_item(
-    t, table_ptr, slots, tiles, rows, section, TILE: gl.constexpr, LAST_FIRST: gl.constexpr, PACKED: gl.constexpr
-):
-    """(first row, end of rows, head of the batch) of item t. Rows of a tile end there, or after TILE of them.
-
-    Heavy tiles come first in a section of heads, whose keys fit L2.
-    """
-    per_section = tiles * section
-    s = t // per_section
-    r = t - s * per_section
-    j = r // section
-    head = s * section + r - j * section
-    if PACKED:
-        real = j < tiles  # always; the choice spares the fused backward spills at D 128 (triton 3.6)
-        first = gl.where(real, gl.load(table_ptr + 1 + j), rows)
-        end = gl.where(real, gl.load(table_ptr + 1 + slots + j), rows)
-    else:
-        if LAST_FIRST:
-            j = tiles - 1 - j
-        first = j * TILE
-        end = rows
-    return first, end, head
-
-
-@gluon.jit
-def key_tile(
-    sizes, TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """The tile of keys of this program: (first key, end of keys, batch row, head, first query, blocks of STEP queries,
-    Hkv, heads of its group)."""
-    ranges_ptr, table_ptr, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, _heads, section = sizes
-    tiles = tile_count(table_ptr, tiles, PACKED)
-    key, end, bh = work_item(gl.program_id(0), table_ptr, slots, tiles, seqlen_k, section, TILE, False, PACKED)
-    b = bh // heads_k
-    start, blocks = block_range(
-        key, end, ranges_ptr, seqlen_k, seqlen_q, right, left, TILE, STEP, ALIGN, HAS_RIGHT, HAS_LEFT, PACKED
-    )
-    return key, end, b, bh - b * heads_k, start, blocks, heads_k, group
+from .config import TABLE
 
 
 @triton.jit(do_not_specialize=["n_rows", "slots"])
@@ -165,14 +95,13 @@ def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
 @functools.lru_cache(MAX_PLANS)
 def _table_launch(rows: int, tile: int) -> Launch:
     slots = table_slots(rows, tile)
-    block = 32
     return Launch(
         _tile_table_kernel,
-        (ceil_div(slots, block),),
+        (ceil_div(slots, TABLE.block),),
         n_rows=rows,
         slots=slots,
         TILE=tile,
-        BLOCK=block,
-        OTHERS=512,  # each round waits for two loads that depend on each other
-        num_warps=8,
+        BLOCK=TABLE.block,
+        OTHERS=TABLE.others,
+        num_warps=TABLE.num_warps,
     )

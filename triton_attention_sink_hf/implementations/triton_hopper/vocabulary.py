@@ -1,108 +1,212 @@
-"""What the Gluon kernels share: which rows of the other side a row sees, masks, stores, opaque values."""
+"""What the Gluon kernels share: tiles and what their rows see, masks, stores, opaque values."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
+from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+
+from .gluon_compat import aggregate
 
 
-@gluon.jit
-def interval(
-    i, end, ranges_ptr, n_own, n_other, before, after,
-    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """[lo, hi) of the other side's rows for rows ``i``; rows from ``end`` on are as the last one before."""
-    i = gl.minimum(i, end - 1)
-    if PACKED:
-        return gl.load(ranges_ptr + i), gl.load(ranges_ptr + n_own + i)
-    lo = i * 0
-    hi = i * 0 + n_other
-    if HAS_BEFORE:
-        lo = gl.minimum(gl.maximum(i + (n_other - n_own - before), 0), n_other)
-    if HAS_AFTER:
-        hi = gl.maximum(gl.minimum(i + (n_other - n_own + after + 1), n_other), 0)
-    return lo, hi
+@aggregate
+class Tiles:
+    """Tiles of TILE rows of one side, queries or keys. Each row sees one interval of the other side's rows.
 
-
-@gluon.jit
-def block_range(
-    first, end, ranges_ptr, n_own, n_other, before, after,
-    TILE: gl.constexpr, STEP: gl.constexpr, ALIGN: gl.constexpr,
-    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """(start, n): n blocks of STEP rows from ``start`` on cover the intervals of rows [first, first + TILE).
-
-    At least one block, so that every tile runs the same pipeline. ``start`` is a multiple of ALIGN.
+    Attributes:
+        ranges_ptr: ``Problem.ranges`` of this side, if PACKED. table_ptr: ``tile_table`` of this side, if PACKED.
+        rows, others: rows of this side and of the other.
+        heads: of this side's tensors. group: query heads of a key head.
+        before, after: how far a row sees to the left and to the right, where HAS_BEFORE and HAS_AFTER.
+        slots: tiles that the table has room for. tiles: tiles of a head; if PACKED, an upper bound.
+        total: heads of the whole batch. section: heads worked on side by side.
     """
-    lo, _ = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
-    _, hi = interval(first + TILE - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
-    start = lo // ALIGN * ALIGN
-    return start, gl.maximum((hi - start + STEP - 1) // STEP, 1)
+
+    ranges_ptr: gl.tensor
+    table_ptr: gl.tensor
+    rows: gl.tensor
+    others: gl.tensor
+    heads: gl.tensor
+    group: gl.tensor
+    before: gl.tensor
+    after: gl.tensor
+    slots: gl.tensor
+    tiles: gl.tensor
+    total: gl.tensor
+    section: gl.tensor
+    TILE: gl.constexpr
+    LAST_FIRST: gl.constexpr
+    HAS_BEFORE: gl.constexpr
+    HAS_AFTER: gl.constexpr
+    PACKED: gl.constexpr
+
+    @gluon.jit
+    def count(self):
+        """Tiles of a head: of packed rows only the device knows how many."""
+        if self.PACKED:
+            return gl.load(self.table_ptr)
+        return self.tiles
+
+    @gluon.jit
+    def is_surplus(self):
+        """Whether this program, one for each tile that packed rows could have, has none."""
+        return gl.program_id(0) >= gl.load(self.table_ptr) * self.total
+
+    @gluon.jit
+    def item(self, t, count):
+        """(first row, end of rows, head of the batch) of item t. Rows of a tile end there, or after TILE of them.
+
+        Heavy tiles come first in a section of heads, whose keys fit L2.
+        """
+        per_section = count * self.section
+        s = t // per_section
+        r = t - s * per_section
+        j = r // self.section
+        head = s * self.section + r - j * self.section
+        if self.PACKED:
+            real = j < count  # always; the choice spares the fused backward spills at D 128 (triton 3.6)
+            first = gl.where(real, gl.load(self.table_ptr + 1 + j), self.rows)
+            end = gl.where(real, gl.load(self.table_ptr + 1 + self.slots + j), self.rows)
+        else:
+            if self.LAST_FIRST:
+                j = count - 1 - j
+            first = j * self.TILE
+            end = self.rows
+        return first, end, head
+
+    @gluon.jit
+    def interval(self, i, end):
+        """[lo, hi) of the other side's rows for rows ``i``; rows from ``end`` on are as the last one before."""
+        i = gl.minimum(i, end - 1)
+        if self.PACKED:
+            return gl.load(self.ranges_ptr + i), gl.load(self.ranges_ptr + self.rows + i)
+        lo = i * 0
+        hi = i * 0 + self.others
+        if self.HAS_BEFORE:
+            lo = gl.minimum(gl.maximum(i + (self.others - self.rows - self.before), 0), self.others)
+        if self.HAS_AFTER:
+            hi = gl.maximum(gl.minimum(i + (self.others - self.rows + self.after + 1), self.others), 0)
+        return lo, hi
+
+    @gluon.jit
+    def block_range(self, first, end, STEP: gl.constexpr, ALIGN: gl.constexpr):
+        """(start, n): n blocks of STEP rows from ``start`` on cover the intervals of rows [first, first + TILE).
+
+        At least one block, so that every tile runs the same pipeline. ``start`` is a multiple of ALIGN.
+        """
+        lo, _ = self.interval(first, end)
+        _, hi = self.interval(first + self.TILE - 1, end)
+        start = lo // ALIGN * ALIGN
+        return start, gl.maximum((hi - start + STEP - 1) // STEP, 1)
+
+    @gluon.jit
+    def own_blocks(self, first, end, start, n, ROWS: gl.constexpr, STEP: gl.constexpr):
+        """What ROWS of a tile's rows need of its n blocks: (stop, edge, full).
+
+        Blocks from ``stop`` on lie outside the intervals of all these rows; blocks edge to edge + full lie in the
+        intervals of all of them and need no mask. Without rows before ``end``, stop = 0.
+        """
+        _, hi_first = self.interval(first, end)
+        lo_last, hi_last = self.interval(first + ROWS - 1, end)
+        stop = gl.minimum((hi_last - start + STEP - 1) // STEP, n)
+        edge = gl.minimum((lo_last - start + STEP - 1) // STEP, n)
+        full = gl.maximum(gl.minimum((hi_first - start) // STEP, n) - edge, 0)
+        return gl.where(first < end, stop, 0), edge, full
+
+    @gluon.jit
+    def own_item(self):
+        """``item`` of this program."""
+        return self.item(gl.program_id(0), self.count())
+
+    @gluon.jit
+    def own_tile(self, STEP: gl.constexpr, ALIGN: gl.constexpr):
+        """The tile of this program: (first row, end of rows, batch row, head, and ``block_range``)."""
+        first, end, bh = self.own_item()
+        b = bh // self.heads
+        start, n = self.block_range(first, end, STEP, ALIGN)
+        return first, end, b, bh - b * self.heads, start, n
+
+    @gluon.jit
+    def seeing(self, first, end, start, n, ROWS: gl.constexpr, STEP: gl.constexpr, layout: gl.constexpr):
+        """Of ROWS keys from ``first`` on: the interval of queries that see each, and ``own_blocks``' edge and full."""
+        _stop, edge, full = self.own_blocks(first, end, start, n, ROWS, STEP)
+        keys = first + gl.arange(0, ROWS, layout=layout)
+        lo, hi = self.interval(keys, end)
+        if self.PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
+            hi = gl.where(keys < end, hi, 0)
+            if first + ROWS > end:
+                full = 0
+        return lo, hi, edge, full
+
+    @gluon.jit
+    def apply_mask(self, s, i, start, lo, hi, edge, full, STEP: gl.constexpr, layout: gl.constexpr):
+        """Transposed scores (keys, STEP) of block i of queries, -inf where the key is not seen."""
+        if (i < edge) | (i >= edge + full):
+            m = start + i * STEP + gl.arange(0, STEP, layout=layout)
+            if self.HAS_BEFORE or self.PACKED:
+                s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
+            if self.HAS_AFTER or self.PACKED:
+                s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
+        return s
 
 
 @gluon.jit
-def own_blocks(
-    first, end, start, n, ranges_ptr, n_own, n_other, before, after, ROWS: gl.constexpr, STEP: gl.constexpr,
-    HAS_BEFORE: gl.constexpr, HAS_AFTER: gl.constexpr, PACKED: gl.constexpr,
-):  # fmt: skip
-    """What ROWS of a tile's rows need of its n blocks: (stop, edge, full).
+def item_of_round(r, items):
+    """Item of this program in round r of persistent programs: every other round runs backwards.
 
-    Blocks from ``stop`` on lie outside the intervals of all these rows; blocks edge to edge + full lie in the intervals
-    of all of them and need no mask. Without rows before ``end``, stop = 0.
+    With the heaviest first, the program that had the heavier item of one round has the lighter one of the next.
     """
-    _, hi_first = interval(first, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED)
-    lo_last, hi_last = interval(
-        first + ROWS - 1, end, ranges_ptr, n_own, n_other, before, after, HAS_BEFORE, HAS_AFTER, PACKED
-    )
-    stop = gl.minimum((hi_last - start + STEP - 1) // STEP, n)
-    edge = gl.minimum((lo_last - start + STEP - 1) // STEP, n)
-    full = gl.maximum(gl.minimum((hi_first - start) // STEP, n) - edge, 0)
-    return gl.where(first < end, stop, 0), edge, full
+    before = r * gl.num_programs(0)
+    width = gl.minimum(gl.num_programs(0), items - before)
+    p = gl.program_id(0)
+    return before + gl.where(r % 2 == 0, p, width - 1 - p)
+
+
+@gluon.constexpr_function
+def _barrier(operation, number, threads):
+    return f"bar.{operation} {number}, {threads}; mov.u32 $0, 0;"
 
 
 @gluon.jit
-def seeing_queries(
-    key, end, start, blocks, sizes, KEYS: gl.constexpr, STEP: gl.constexpr,
-    HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr, layout: gl.constexpr,
-):  # fmt: skip
-    """Of KEYS keys from ``key`` on: the interval of queries that see each, and ``own_blocks``' edge and full."""
-    ranges_ptr, _table_ptr, seqlen_q, seqlen_k, _heads_k, _group, left, right, _slots, _tiles, _heads, _section = sizes
-    _stop, edge, full = own_blocks(
-        key, end, start, blocks, ranges_ptr, seqlen_k, seqlen_q, right, left, KEYS, STEP, HAS_RIGHT, HAS_LEFT, PACKED
-    )
-    keys = key + gl.arange(0, KEYS, layout=layout)
-    lo, hi = interval(keys, end, ranges_ptr, seqlen_k, seqlen_q, right, left, HAS_RIGHT, HAS_LEFT, PACKED)
-    if PACKED:  # keys of the next segment lie in the tile: no query sees them, in any block
-        hi = gl.where(keys < end, hi, 0)
-        if key + KEYS > end:
-            full = 0
-    return lo, hi, edge, full
+def named_barrier(OPERATION: gl.constexpr, NUMBER: gl.constexpr, THREADS: gl.constexpr):
+    """PTX's bar.sync or bar.arrive (OPERATION) on barrier NUMBER, for THREADS threads in all."""
+    gl.inline_asm_elementwise(_barrier(OPERATION, NUMBER, THREADS), "=r", [], gl.int32, False, 1)
 
 
 @gluon.jit
-def hide(
-    s, i, start, lo, hi, edge, full, STEP: gl.constexpr, HAS_LO: gl.constexpr, HAS_HI: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """Transposed scores (keys, STEP) of block i of queries, -inf where the key is not seen."""
-    if (i < edge) | (i >= edge + full):
-        m = start + i * STEP + gl.arange(0, STEP, layout=layout)
-        if HAS_LO:
-            s = gl.where(lo[:, None] <= m[None, :], s, float("-inf"))
-        if HAS_HI:
-            s = gl.where(m[None, :] < hi[:, None], s, float("-inf"))
-    return s
+def new_barriers(N: gl.constexpr):
+    """N barriers in shared memory, not initialised; they are taken by ``index``."""
+    return gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
 
 
-@gluon.jit
-def store_rows(
-    ptr, x, first, end, b, head, stride_b, stride_t: gl.constexpr, stride_h, D: gl.constexpr, BLOCK_D: gl.constexpr,
-    layout: gl.constexpr,
-):  # fmt: skip
-    """64 rows from ``first`` on of one head; those from ``end`` on and columns past D are not written."""
-    rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
-    d = gl.arange(0, BLOCK_D, layout=gl.SliceLayout(0, layout))
-    base = ptr + b.to(gl.int64) * stride_b + head.to(gl.int64) * stride_h
-    inside = (rows < end)[:, None] & (d < D)[None, :]
-    gl.store(base + rows.to(gl.int64)[:, None] * stride_t + d[None, :], x.to(ptr.dtype.element_ty), mask=inside)
+@aggregate
+class Rows:
+    """A BSHD tensor with a last stride of 1, read or written by tiles of 64 rows. BLOCK: columns of a tile."""
+
+    ptr: gl.tensor
+    stride_b: gl.tensor | gl.constexpr
+    stride_t: gl.constexpr
+    stride_h: gl.tensor | gl.constexpr
+    COLUMNS: gl.constexpr
+    BLOCK: gl.constexpr
+
+    @gluon.jit
+    def load(self, first, end, b, head, layout: gl.constexpr):
+        """64 rows from ``first`` on of one head; those from ``end`` on and columns past COLUMNS are 0."""
+        rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        d = gl.arange(0, self.BLOCK, layout=gl.SliceLayout(0, layout))
+        base = self.ptr + b.to(gl.int64) * self.stride_b + head.to(gl.int64) * self.stride_h
+        inside = (rows < end)[:, None]
+        pointers = base + rows.to(gl.int64)[:, None] * self.stride_t + d[None, :]
+        return gl.load(pointers, mask=inside & (d < self.COLUMNS)[None, :], other=0.0)
+
+    @gluon.jit
+    def store(self, x, first, end, b, head, layout: gl.constexpr):
+        """64 rows from ``first`` on of one head; those from ``end`` on and columns past COLUMNS are not written."""
+        rows = first + gl.arange(0, 64, layout=gl.SliceLayout(1, layout))
+        d = gl.arange(0, self.BLOCK, layout=gl.SliceLayout(0, layout))
+        base = self.ptr + b.to(gl.int64) * self.stride_b + head.to(gl.int64) * self.stride_h
+        inside = (rows < end)[:, None] & (d < self.COLUMNS)[None, :]
+        pointers = base + rows.to(gl.int64)[:, None] * self.stride_t + d[None, :]
+        gl.store(pointers, x.to(self.ptr.dtype.element_ty), mask=inside)
 
 
 @gluon.jit

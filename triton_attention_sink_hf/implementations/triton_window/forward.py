@@ -133,7 +133,7 @@ def finish(
 
 
 @triton.jit
-def hold(x):
+def keep_branch(x):
     """An instruction that may not run where the branch around it is not taken: it keeps a branch from being selects."""
     tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
@@ -215,7 +215,7 @@ def _window_fwd_kernel(
             if BEGINS <= BAND:
                 if rare:
                     if NVIDIA:
-                        hold(key)
+                        keep_branch(key)
                     s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
                 # in all other tiles what is past the first BEGINS columns is known to be seen at compile time
                 begin = tl.minimum(begin, BEGINS)

@@ -1,0 +1,6 @@
+"""Numbers that every backend uses, each with its reason."""
+
+MAX_PACK = 8  # heads in a tile; more leave too few tokens in a tile for causal edges
+TMA_TARGETS = ("sm90", "sm100", "sm103", "sm120")
+RANGES_BLOCK = 256  # rows of a program that finds the ranges of packed rows; memory-bound
+SUM_COLUMNS, SUM_ROWS = 8, 512  # 8 fp32 are one 32-byte sector; 4 warps hold 32 elements a thread
