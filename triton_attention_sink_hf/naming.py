@@ -70,9 +70,7 @@ def _hub_kernel() -> Verdict:
     try:
         installed = version("kernels")
     except PackageNotFoundError:
-        return Verdict(
-            False, False, "a kernel on the Hub, which cannot be loaded: the package kernels is missing"
-        )
+        return Verdict(False, False, "a kernel on the Hub, which cannot be loaded: the package kernels is missing")
     return Verdict(True, False, f"a kernel on the Hub (kernels {installed}), not this installation; not tried")
 
 
