@@ -20,29 +20,19 @@ os.environ.pop("TRITON_INTERPRET", None)
 
 import torch
 import triton
-from cases import Case, hopper, short_window
+from cases import Case
+from launchers import LAUNCHERS, meta_call
 from sass import disassemble, unwritten
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
-from triton_attention_sink_hf.call import Call
 from triton_attention_sink_hf.implementations.common import problem as common_problem
-from triton_attention_sink_hf.implementations.triton import backward, forward
-from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
-from triton_attention_sink_hf.implementations.triton_hopper import backward_wide as hopper_wide
-from triton_attention_sink_hf.implementations.triton_hopper import backward_window as window_hopper_backward
-from triton_attention_sink_hf.implementations.triton_hopper import config as hopper_config
-from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
-from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
-from triton_attention_sink_hf.implementations.triton_window import config as window_config
-from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
-from triton_attention_sink_hf.masks import Mask
+from triton_attention_sink_hf.implementations.common.problem import Problem
 
 BF16, FP32 = torch.bfloat16, torch.float32
 GPT_OSS = Case(1024, heads=(64, 8), head_dim=64, dtype=BF16, window=(127, 0))
 LENGTHS = (1000, 24)
 # Every size class of the configs, and every feature in the class where it is met most.
-
 CASES = {
     "narrow window": GPT_OSS,
     "narrow packed window": Case(
@@ -110,7 +100,7 @@ def target_of(name: str) -> GPUTarget:
 
 
 def compile_case(case: Case) -> list[tuple[str, object]]:
-    """Kernel names and compiled kernels of the forward and backward of ``case``."""
+    """Kernel names and compiled kernels of every launcher that serves ``case``."""
     compiled = []
     run = triton.JITFunction.run
 
@@ -119,61 +109,23 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
 
     triton.JITFunction.run = compile_only
     try:
-        problem = common_problem.Problem(_call(case))
+        problem = Problem(meta_call(case))
         q, k, v = problem.call.q, problem.call.k, problem.call.v
         out = q.new_empty(*q.shape[:3], v.shape[-1])
         lse = q.new_empty(q.shape[0], q.shape[2], q.shape[1], dtype=FP32)
-        dsinks = None if problem.call.sinks is None else problem.call.sinks.new_empty(q.shape[2])
-        forward.launch_forward(problem, out, lse)
-        backward.launch_backward(
-            problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
-            torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
-        )  # fmt: skip
-        if short_window(case) and problem.target in window_config.TARGETS:
-            window_forward.launch_forward(problem, out, lse)
-            window_backward.launch_backward(
-                problem, lse, torch.empty_like(out), lse if case.dlse else None,
-                torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
-            )  # fmt: skip
-            if window_hopper_backward.supports(problem, out, out, None, torch.empty_like(q), k):
-                window_hopper_backward.launch_backward(
-                    problem, out, lse, torch.empty_like(out),
-                    torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
-                )  # fmt: skip
-        if hopper(case) and problem.target in hopper_config.TARGETS:
-            hopper_forward.launch_forward(problem, out, lse)
-            module = hopper_backward if max(case.dims) <= hopper_config.MAX_FUSED_DIM else hopper_wide
-            module.launch_backward(
-                problem, out, lse, torch.empty_like(out), lse if case.dlse else None,
-                torch.empty_like(q), torch.empty_like(k), torch.empty_like(v), dsinks,
-            )  # fmt: skip
+        gradients = [torch.empty_like(x) for x in (q, k, v)]
+        gradients.append(None if problem.call.sinks is None else problem.call.sinks.new_empty(q.shape[2]))
+        for launcher in LAUNCHERS:
+            if not launcher.serves(case, problem.target):
+                continue
+            if launcher.is_forward:
+                launcher.launch(problem, out, lse)
+            else:
+                dlse = lse if case.dlse else None
+                launcher.launch(problem, out, lse, torch.empty_like(out), dlse, *gradients)
     finally:
         triton.JITFunction.run = run
     return compiled
-
-
-def _call(case: Case) -> Call:
-    """``case`` on the meta device: shapes and strides, no memory."""
-    seqlen_k = case.seqlen_k or case.seqlen_q
-    (heads_q, heads_k), (d, dv) = case.heads, case.dims
-
-    def tensor(seqlen, heads, size):
-        if case.layout == "bhsd":
-            return torch.empty(case.batch, heads, seqlen, size, dtype=case.dtype, device="meta").transpose(1, 2)
-        return torch.empty(case.batch, seqlen, heads, size, dtype=case.dtype, device="meta")
-
-    def ints(size):
-        return torch.empty(size, dtype=torch.int32, device="meta")
-
-    cu = None if case.lengths_q is None else ints(len(case.lengths_q) + 1)
-    padding = None
-    if case.padding is not None:
-        padding = torch.empty(case.batch, seqlen_k, dtype=torch.bool, device="meta")
-    used = None if case.used is None else ints(case.batch)
-    sinks = None if case.sinks is None else torch.empty(heads_q, device="meta")
-    mask = Mask(case.window[0], 0 if case.causal else case.window[1], cu, cu, padding, used)
-    q, k, v = tensor(case.seqlen_q, heads_q, d), tensor(seqlen_k, heads_k, d), tensor(seqlen_k, heads_k, dv)
-    return Call(q, k, v, sinks, mask, case.scale, case.softcap, True)
 
 
 def spilled(kernel) -> int:

@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from cases import Case, make_inputs
+from launchers import LAUNCHERS
 from triton import knobs
 from triton.backends.compiler import GPUTarget
 from triton.runtime import jit
@@ -23,11 +24,6 @@ from triton_attention_sink_hf.call import Call, Memo
 from triton_attention_sink_hf.implementations.common import problem as common_problem
 from triton_attention_sink_hf.implementations.common import relaunch
 from triton_attention_sink_hf.implementations.common.relaunch import Blocks, Launch
-from triton_attention_sink_hf.implementations.triton import backward, forward
-from triton_attention_sink_hf.implementations.triton_hopper import backward as hopper_backward
-from triton_attention_sink_hf.implementations.triton_hopper import forward as hopper_forward
-from triton_attention_sink_hf.implementations.triton_window import backward as window_backward
-from triton_attention_sink_hf.implementations.triton_window import forward as window_forward
 
 BF16, FP32 = torch.bfloat16, torch.float32
 
@@ -275,17 +271,19 @@ def devices():
     assert len(again._again) == 2
 
 
-GPT_OSS = Case(256, heads=(16, 2), head_dim=64, dtype=BF16, window=(127, 0))
+GPT_OSS = Case(1024, heads=(16, 2), head_dim=64, dtype=BF16, window=(127, 0))
 EVERY_CASE = (
     GPT_OSS,
-    Case(**{**GPT_OSS.__dict__, "lengths_q": (200, 56), "dlse": True}),
+    Case(**{**GPT_OSS.__dict__, "lengths_q": (800, 224), "dlse": True}),
     Case(256, heads=(4, 2), head_dim=64, dtype=BF16, padding="left", sinks=None),
 )
+WIDE = Case(256, heads=(4, 2), head_dim=256, dtype=BF16)
 
 
-def launches_of(case: Case, hopper: bool):
-    """A function that launches each kernel that can serve ``case``, and returns the launches recorded and how many of
-    them went through Triton."""
+def launches_of(case: Case, launchers):
+    """A function that launches each kernel of ``launchers`` that serves ``case``, and returns the launches recorded and
+    how many of them went through Triton."""
+    launchers = [launcher for launcher in launchers if launcher.serves(case, "sm90")]
     inputs = make_inputs(case)
     call = Call(inputs.q, inputs.k, inputs.v, inputs.sinks, inputs.mask, case.scale, 0.0, True, Memo())
     q, k, v = call.q, call.k, call.v
@@ -298,14 +296,8 @@ def launches_of(case: Case, hopper: bool):
         problem = common_problem.Problem(call)
         DRIVER.launches.clear()
         BOUND.clear()
-        forward.launch_forward(problem, out, lse)
-        backward.launch_backward(problem, out, lse, out, dlse, *gradients)
-        if call.mask.key_padding_mask is None:
-            window_forward.launch_forward(problem, out, lse)
-            window_backward.launch_backward(problem, lse, out, dlse, *gradients)
-            if hopper:
-                hopper_forward.launch_forward(problem, out, lse)
-                hopper_backward.launch_backward(problem, out, lse, out, dlse, *gradients)
+        for launcher in launchers:
+            launcher.launch(problem, out, lse, *(() if launcher.is_forward else (out, dlse, *gradients)))
         return list(DRIVER.launches), len(BOUND)
 
     return launches
@@ -314,7 +306,7 @@ def launches_of(case: Case, hopper: bool):
 def every_kernel():
     """Each kernel of the portable and the window backend is launched again around Triton, with the same arguments."""
     for case in EVERY_CASE:
-        launches = launches_of(case, hopper=False)
+        launches = launches_of(case, [launcher for launcher in LAUNCHERS if launcher.backend != "triton_hopper"])
         first, bound = launches()
         assert 0 < bound <= len(first)  # some are launched several times
         second, bound = launches()
@@ -346,8 +338,10 @@ def c_launcher():
     nvidia.CudaLauncher.__call__ = lambda *arguments: calls.append(arguments) or launcher_call(*arguments)
     hooks = slice(10, 13)  # launch metadata and hooks: Triton passes empty ones
     described = 0
-    for case in EVERY_CASE:
-        launches = launches_of(case, hopper=True)
+    cases = (*EVERY_CASE, WIDE)
+    assert all(any(launcher.serves(case, "sm90") for case in cases) for launcher in LAUNCHERS)
+    for case in cases:
+        launches = launches_of(case, LAUNCHERS)
         first, bound = launches()
         assert 0 < bound <= len(first)
         described += len(expanded)

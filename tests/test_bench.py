@@ -1,13 +1,17 @@
 """What the benchmark says of measured rows: ratios to the best peer, floors, the table, an interrupted run, plots."""
 
+import inspect
+import itertools
 import json
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
-from triton_attention_sink_hf.bench import measure, report
+from triton_attention_sink_hf.bench import measure, peers, plots, report
 from triton_attention_sink_hf.bench.cases import CASES, SHORT, UNEVEN, Case
 from triton_attention_sink_hf.bench.peers import Runner
+from triton_attention_sink_hf.cli import app
 
 CEILINGS = {"copy_tb_s": 3.0, "matmul_tflop_s": 700.0}
 RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
@@ -53,15 +57,15 @@ def test_the_best_peer_is_the_fastest_that_ran_in_that_direction():
 
 def test_implementations_are_timed_in_turns_that_run_back_and_forth(monkeypatch):
     calls = []
-    peers = {name: lambda case, tensors, name=name: Runner(lambda: name, None) for name in ("ours", "cuDNN")}
-    monkeypatch.setattr(measure, "PEERS", peers)
+    two = {name: lambda case, tensors, name=name: Runner(lambda: name, None) for name in ("ours", "cuDNN")}
+    monkeypatch.setattr(measure, "PEERS", two)
     monkeypatch.setattr(measure, "make_tensors", lambda case: {})
     monkeypatch.setattr(measure, "oracles", lambda case, tensors: {})
     monkeypatch.setattr(measure, "_check", lambda runner, want: {"out": 0.0})
     monkeypatch.setattr(measure, "device_ms", lambda function: calls.append(function()) or [float(len(calls))])
     monkeypatch.setattr(measure, "host_us", lambda function: 1.0)
     monkeypatch.setattr(measure, "extra_memory", lambda function: 2)
-    ours, cudnn = measure.measure(CASES[0], peers, log=lambda line: None)
+    ours, cudnn = measure.measure(CASES[0], two, log=lambda line: None)
     assert calls == ["ours", "cuDNN", "cuDNN", "ours", "ours", "cuDNN"]
     assert (ours["implementation"], ours["direction"], ours["ms"]) == ("ours", "forward", 4.0)
     assert (cudnn["implementation"], cudnn["direction"], cudnn["ms"]) == ("cuDNN", "forward", 3.0)
@@ -96,9 +100,139 @@ def test_an_interrupted_run_goes_on_only_in_its_own_environment(tmp_path):
     assert report.measured_before(path, {**environment, "card": "H200"}) == []
 
 
-def test_plots():
+# Plots
+
+
+def test_the_plots_hold_every_case_in_panels_of_one_run():
+    runs = plots.read(RESULTS / "h100.json")
+    for direction in ("forward", "backward"):
+        panels = plots.panels(runs, direction)
+        assert [panel.title.split("\n")[0] for panel in panels] == [
+            "Dense rows, full causal",
+            "Dense rows, sliding window",
+            "Packed rows, full causal",
+            "Packed rows, sliding window",
+        ]
+        labels = [group.label for panel in panels for group in panel.groups]
+        assert len(set(labels)) == len(labels) == len(CASES)
+        assert {"window 128, 8k, D 64", "full causal, 4k, D 256", "window 4096, 16k, D 128"} <= set(labels)
+        assert {"packed rows as in RL, 32k tokens, window 128", "packed rows of 1 to 16k tokens, full causal"} <= {
+            *labels
+        }
+
+
+def test_the_fastest_peers_ratio_is_the_tables():
+    runs = plots.read(RESULTS / "h100.json")
+    tables = [{(line["case"], line["direction"]): line["speedup"] for line in run["summary"]} for run in runs]
+    for direction in ("forward", "backward"):
+        found = [
+            min(ratio for name, ratio in group.ratios.items() if name != "ours")
+            for panel in plots.panels(runs, direction)
+            for group in panel.groups
+        ]
+        want = [
+            table[row["case"], direction]
+            for run, table in zip(runs, tables, strict=True)
+            for row in run["rows"]
+            if (row["implementation"], row.get("direction")) == ("ours", direction)
+        ]
+        assert sorted(found) == pytest.approx(sorted(want)) and len(want) == len(CASES)
+
+
+def _run(*rows, commit="abc"):
+    card = {"card": "H100", "driver": "5", "torch": "2.11", "triton": "3.6", "date": "2026-01-02", "commit": commit}
+    return {"environment": card, "rows": list(rows), "summary": []}
+
+
+def test_a_missing_bar_has_its_reason():
+    cudnn = next(iter(plots.WORDS))
+    run = _run(
+        _row("ours", "forward", 2.0),
+        _row("ours", "backward", 4.0),
+        _row("FlashAttention-3", "forward", 1.0),
+        {"case": "full-8k", "implementation": "cuDNN", "problem": cudnn},
+        {"case": "full-8k", "implementation": "FlexAttention", "problem": "wrong: relative error"},
+        *(_row(name, "forward", 3.0, "full-2k") for name in ("ours", "cuDNN", "FlexAttention", "fla")),
+    )
+    short, long = plots.panels([run], "forward")[0].groups
+    assert long.label == "full causal, 8k, D 64" and long.ms == 2.0
+    assert long.ratios == {"ours": 1.0, "FlashAttention-3": 0.5}
+    assert long.missing == {
+        "dense rows only": ["cuDNN"],
+        "wrong: relative error": ["FlexAttention"],
+        "not in this run": ["fla"],
+    }
+    assert short.missing == {"not in this run": ["FlashAttention-3"]}
+    (backward,) = plots.panels([run], "backward")[0].groups
+    assert backward.missing["forward only"] == ["FlashAttention-3"] and backward.ratios == {"ours": 1.0}
+
+
+def test_the_problems_that_have_words_are_those_of_the_peers():
+    assert all(f'Unsupported("{problem}")' in inspect.getsource(peers) for problem in plots.WORDS)
+
+
+def test_cases_measured_again_come_from_the_later_run_alone(tmp_path):
+    first = _run(*(_row("ours", "forward", 2.0, case) for case in ("full-2k", "full-8k")))
+    later = _run(*(_row("ours", "forward", 3.0, case) for case in ("full-2k", "full-8k")), commit="def")
+    (tmp_path / "later.json").write_text(json.dumps(later))
+    (tmp_path / "first.json").write_text(json.dumps({**first, "measured_again": {"later.json": ["full-2k"]}}))
+    runs = plots.read(tmp_path / "first.json")
+    panels = {
+        panel.title: [(group.label, group.ms) for group in panel.groups] for panel in plots.panels(runs, "forward")
+    }
+    assert panels == {
+        "Dense rows, full causal\n(of a later run, commit def)": [("full causal, 2k, D 64", 3.0)],
+        "Dense rows, full causal": [("full causal, 8k, D 64", 2.0)],
+    }
+    text = plots.caption(runs)
+    assert "\nRun: H100, driver 5, torch 2.11, triton 3.6, 2026-01-02, commit abc" in text
+    assert "\nLater run: H100, driver 5, torch 2.11, triton 3.6, 2026-01-02, commit def" in text
+    with pytest.raises(ValueError, match=r"must be a bench\.json"):
+        plots.read(RESULTS / "h100-host.json")
+
+
+@pytest.mark.parametrize("direction", plots.DIRECTIONS)
+@pytest.mark.parametrize("run", BENCH_RESULTS)
+def test_what_is_drawn(run, direction):
+    """Bars as long as their ratios; every text inside its panel and over no other."""
     pytest.importorskip("matplotlib", reason="plots need matplotlib, of the bench extra")
-    result = json.loads(BENCH_RESULTS["h100"].read_text())
-    files = report.plot(result["summary"], "a card")
-    assert list(files) == ["forward.png", "backward.png"]
-    assert all(png.startswith(b"\x89PNG") for png in files.values())
+    runs = plots.read(RESULTS / f"{run}.json")
+    panels = plots.panels(runs, direction)
+    figure = plots.draw(panels, direction, plots.caption(runs))
+    figure.draw_without_rendering()
+    boxes = [part.get_window_extent() for part in (*figure.legends, *figure.texts)]
+    assert figure.texts[0].get_text() == plots.caption(runs) and len(boxes) == 2
+    for panel, axis in zip(panels, figure.axes, strict=False):
+        texts = [text.get_text() for text in axis.texts]
+        assert axis.get_title() == panel.title
+        assert [bar.get_width() for bar in axis.patches] == [x for group in panel.groups for x in group.ratios.values()]
+        for group in panel.groups:
+            wanted = [group.label, f"{group.ms:.3f} ms"]
+            wanted += [f"{ratio:.2f}\u00d7" for name, ratio in group.ratios.items() if name != "ours"]
+            wanted += [f"{', '.join(names)}: {reason}" for reason, names in group.missing.items()]
+            assert sorted(texts[: len(wanted)]) == sorted(wanted)
+            del texts[: len(wanted)]
+        assert not texts
+        assert all(text.get_window_extent().x1 <= axis.bbox.x1 for text in axis.texts)
+        boxes += [axis.title.get_window_extent(), *(text.get_window_extent().padded(-2) for text in axis.texts)]
+    assert all(figure.bbox.x0 <= box.x0 and box.x1 <= figure.bbox.x1 for box in boxes)
+    assert not any(a.overlaps(b) for a, b in itertools.combinations(boxes, 2))
+
+
+def test_the_repositorys_plots_are_of_its_results():
+    for direction in ("forward", "backward"):
+        png = (RESULTS / f"{direction}.png").read_bytes()
+        for run in plots.read(RESULTS / "h100.json"):
+            assert f"commit {run['environment']['commit']}".encode() in png
+
+
+def test_bench_draws_a_result_again_without_a_gpu(tmp_path):
+    pytest.importorskip("matplotlib", reason="plots need matplotlib, of the bench extra")
+    arguments = ["bench", "--redraw", str(RESULTS / "h100-packed.json"), "--output", str(tmp_path)]
+    for _ in range(2):
+        result = CliRunner().invoke(app, arguments)
+        assert result.exit_code == 0, result.output
+    assert {file.name for file in tmp_path.iterdir()} == {"forward.png", "backward.png", "bench-files.json"}
+    assert (tmp_path / "forward.png").read_bytes().startswith(b"\x89PNG")
+    result = CliRunner().invoke(app, ["bench", "--redraw", str(RESULTS / "h100-host.json"), "--output", str(tmp_path)])
+    assert result.exit_code == 2 and "must be a bench.json" in result.stderr

@@ -11,6 +11,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from launchers import LAUNCHERS
 
 SHARED_MEMORY = {
     "sm80": 166_912,
@@ -42,12 +43,9 @@ def _compile(target: str, *arguments: str, script: str = "compile_target.py") ->
 
 
 def _check(target: str, rows: list[dict]) -> None:
-    kernels = {row["kernel"] for row in rows}
-    for prefix in ("_attn", "_window") if target == "sm90" else ("_attn",):
-        assert {f"{prefix}_fwd_kernel", f"{prefix}_bwd_dq_kernel", f"{prefix}_bwd_dkv_kernel"} <= kernels
-    if target == "sm90":
-        names = ("fwd", "bwd", "dkv", "dq", "window_bwd")
-        assert {f"_hopper_{name}_kernel" for name in names} <= kernels
+    backends = ("triton",) if target != "sm90" else ("triton", "triton_window", "triton_hopper")
+    expected = [name for launcher in LAUNCHERS if launcher.backend in backends for name in launcher.kernels]
+    assert expected and set(expected) <= {row["kernel"] for row in rows}
     wrong = [
         row
         for row in rows
@@ -63,6 +61,13 @@ def test_compiles_and_fits(target):
     rows = _compile(target, "narrow packed window", "medium", "wide 192/128", "wide 256 padding")
     assert "_segment_range_kernel" in {row["kernel"] for row in rows}
     _check(target, rows)
+
+
+def test_every_launcher_is_listed():
+    folder = TESTS.parent / "triton_attention_sink_hf" / "implementations"
+    files = [file for file in folder.rglob("*.py") if "\ndef launch_" in file.read_text()]
+    modules = {".".join(file.relative_to(folder).with_suffix("").parts) for file in files}
+    assert modules == {launcher.module for launcher in LAUNCHERS}
 
 
 @pytest.mark.exhaustive

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 from budget import assert_within_budget
-from cases import Case, Inputs, call, cu_seqlens, hopper, make_inputs, run, short_window
+from cases import Case, Inputs, call, cu_seqlens, make_inputs, run
+from launchers import backends
 
 from triton_attention_sink_hf import Mask, attention_sink, explain
 from triton_attention_sink_hf.ops import attention_forward
@@ -214,9 +215,7 @@ def test_window_backward_in_one_kernel(packed, group, monkeypatch):
 
 def implementations(case: Case) -> list[str]:
     """The kernels that must serve ``case`` on this card."""
-    is_hopper = torch.cuda.get_device_capability() == (9, 0)
-    window = is_hopper and short_window(case)
-    return ["triton"] + ["triton_window"] * window + ["triton_hopper"] * (is_hopper and hopper(case))
+    return backends(case, "sm{}{}".format(*torch.cuda.get_device_capability()))
 
 
 @pytest.mark.xdist_group("40 GB")

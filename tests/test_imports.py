@@ -112,6 +112,8 @@ def test_every_import_points_down():
         ("masks", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS)),
         ("reference", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS)),
         ("validation", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS)),
+        ("implementations.common.problem", ("transformers", "verl", TRITON, OPS, f"{PACKAGE}.reference", *ABOVE_OPS)),
+        ("implementations.triton_window", ("transformers", "verl", f"{PACKAGE}.implementations.triton_hopper", OPS)),
         ("implementations.triton", ("transformers", "verl", OPS, f"{PACKAGE}.reference", *ABOVE_OPS)),
         ("ops", ("triton", "transformers", "verl", TRITON, f"{PACKAGE}.reference", *ABOVE_OPS)),
         ("interface", ("triton", "transformers", "verl", TRITON, OPS, *ABOVE_OPS[1:])),
@@ -127,6 +129,53 @@ import {PACKAGE}.{module}
 imported = [name for name in {forbidden!r} if name in sys.modules]
 assert not imported, imported
 """)
+
+
+BACKENDS = {"triton", "triton_window", "triton_hopper"}
+# What a module of a backend may import of the other backends. To hand a whole call over, its __init__ may import the
+# portable backend; the window's asks for Hopper's backward when it is first called for.
+ACROSS = {
+    "triton_window/__init__.py": {"triton", "triton_hopper.backward_window"},
+    "triton_hopper/__init__.py": {"triton"},
+}
+
+
+def _imports(file: Path) -> dict[str, bool]:
+    """What a file imports from the folders beside its own, and whether at its top."""
+    tree = ast.parse(file.read_text())
+    nodes = [node for node in ast.walk(tree) if isinstance(node, ast.ImportFrom) and node.level == 2]
+    return {".".join(filter(None, (node.module, x.name))): node in tree.body for node in nodes for x in node.names}
+
+
+def test_backends_share_common_and_nothing_else():
+    folder = ROOT / PACKAGE / "implementations"
+    seen = set()
+    for file in folder.rglob("*.py"):
+        name = file.relative_to(folder).as_posix()
+        for imported, at_top in _imports(file).items():
+            if imported.split(".")[0] not in BACKENDS:
+                continue
+            assert imported in ACROSS.get(name, ()), f"{name} imports {imported}"
+            assert at_top or imported != "triton", f"{name} imports {imported} late"
+            assert not at_top or imported == "triton", f"{name} imports {imported} when it is imported"
+            seen.add((name, imported))
+    assert seen == {(name, imported) for name, names in ACROSS.items() for imported in names}
+
+
+def test_long_files_say_why():
+    folder = ROOT / PACKAGE / "implementations"
+    for file in folder.rglob("*.py"):
+        text = file.read_text()
+        if text.count("\n") > 400:
+            assert "Over 400 lines:" in ast.get_docstring(ast.parse(text)), f"{file.name} is long and does not say why"
+
+
+def test_functions_take_few_arguments():
+    """But for kernels, whose arguments the launchers name."""
+    for file in (ROOT / PACKAGE / "implementations").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.endswith("_kernel"):
+                assert len(node.args.args) <= 20, f"{file.name}: {node.name} has {len(node.args.args)} arguments"
 
 
 def test_importing_the_package_does_not_touch_the_gpu():

@@ -1,24 +1,13 @@
-"""What the measured rows say: ratios, percent of the floor, the terminal table and the plots."""
+"""What the measured rows say: ratios, percent of the floor and the terminal table. ``plots.py`` draws them."""
 
 from __future__ import annotations
 
-import io
 import json
 from pathlib import Path
 
 from .cases import CASES, GPT_OSS_PAIR, Case
 
 OURS = "ours"
-
-
-COLOURS = {
-    OURS: "#d1495b",
-    "FlashAttention-4": "#00798c",
-    "FlashAttention-3": "#30638e",
-    "cuDNN": "#8d96a3",
-    "FlexAttention": "#edae49",
-    "fla": "#66a182",
-}  # eager is no speed to compare with
 
 
 def floor_ms(case: Case, direction: str, ceilings: dict[str, float]) -> float:
@@ -102,39 +91,3 @@ def measured_before(path: Path, environment: dict[str, str]) -> list[dict]:
         return []
     result = json.loads(path.read_text())
     return result["rows"] if result["environment"] == environment else []
-
-
-def plot(lines: list[dict], title: str) -> dict[str, bytes]:
-    """Two PNGs, forward and backward: speed relative to the best peer would hide the peers, so times as bars."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    files = {}
-    for direction in ("forward", "backward"):
-        chosen = [line for line in lines if line["direction"] == direction]
-        if not chosen:
-            continue
-        names = [name for name in COLOURS if any(name == OURS or name in line["peers_ms"] for line in chosen)]
-        figure, axis = plt.subplots(figsize=(11, 0.62 * len(chosen) + 1.6))
-        height = 0.84 / len(names)
-        for n, name in enumerate(names):
-            speeds = []
-            for line in chosen:
-                ms = line["ms"] if name == OURS else line["peers_ms"].get(name)
-                speeds.append(line["ms"] / ms * line["tflop_s"] if ms else 0.0)
-            y = [row + (n - (len(names) - 1) / 2) * height for row in range(len(chosen))]
-            axis.barh(y, speeds, height, label=name, color=COLOURS[name])
-        axis.set_yticks(range(len(chosen)), [line["case"] for line in chosen])
-        axis.invert_yaxis()
-        axis.set_xlabel("TFLOP/s of visible scores (more is better)")
-        axis.set_title(f"{direction}, {title}", pad=30)
-        axis.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=len(names), frameon=False)
-        axis.spines[["top", "right"]].set_visible(False)
-        figure.tight_layout()
-        png = io.BytesIO()
-        figure.savefig(png, dpi=120)
-        plt.close(figure)
-        files[f"{direction}.png"] = png.getvalue()
-    return files

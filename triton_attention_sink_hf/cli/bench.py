@@ -29,6 +29,10 @@ def bench(
     list_cases: Annotated[
         bool, typer.Option("--list", help="Print the cases and the implementations, time none.")
     ] = False,
+    redraw: Annotated[
+        Path | None,
+        typer.Option(help="Only draw the plots of this bench.json, into --output. Needs no GPU.", dir_okay=False),
+    ] = None,
     resume: Annotated[
         bool, typer.Option(help="Keep the cases that bench.json already has from this card, software and commit.")
     ] = False,
@@ -41,11 +45,14 @@ def bench(
 
     Exits 1 if this project was wrong, 2 if nothing could be measured.
     """
-    import torch
-
+    if redraw:
+        _redraw(redraw, output)
+        return
     if list_cases:
         _list()
         return
+    import torch
+
     if not torch.cuda.is_available():
         refuse("bench needs a GPU that torch can use; none was found")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # or what prepare compiles is not found again
@@ -65,8 +72,8 @@ def bench(
         refuse(f"cases must be parts of {[case.name for case in CASES]}, got {cases!r}")
     if unknown := [name for name in asked if name not in PEERS]:
         refuse(f"implementations must be some of {list(PEERS)}, got {unknown}")
-    if plots and find_spec("matplotlib") is None:
-        refuse("bench needs matplotlib for its plots; it is not installed: pip install matplotlib, or --no-plots")
+    if plots:
+        _need_matplotlib("pip install matplotlib, or --no-plots")
     if compile_only:
         for case in chosen:
             run_once(case, names)
@@ -93,10 +100,7 @@ def bench(
     for name, ms in sorted(report.pair_ms(rows).items(), key=lambda item: item[1]):
         typer.echo(f"gpt-oss layer pair, forward and backward: {name} {ms:.2f} ms")
     if plots:
-        title = f"{card['card']}, bf16, torch {card['torch']}, triton {card['triton']}, {card['date']}"
-        pictures = report.plot(lines, title)
-        written.write(pictures)
-        typer.echo("\n".join(f"wrote {output / name}" for name in pictures))
+        _draw([{"environment": card, "rows": rows}], written)
     if any(row["implementation"] == report.OURS and "problem" in row for row in rows):
         raise typer.Exit(1)
 
@@ -107,6 +111,29 @@ def _list() -> None:
 
     for title, names in (("cases", [case.name for case in CASES]), ("implementations", PEERS)):
         typer.echo("\n  ".join((title, *names)))
+
+
+def _need_matplotlib(how: str) -> None:
+    if find_spec("matplotlib") is None:
+        refuse(f"bench needs matplotlib for its plots; it is not installed: {how}")
+
+
+def _redraw(file: Path, output: Path) -> None:
+    from ..bench.plots import read
+
+    _need_matplotlib("pip install matplotlib")
+    try:
+        _draw(read(file), Written(output, LISTING))
+    except (ValueError, OSError) as error:
+        refuse(error)
+
+
+def _draw(runs: list[dict], written: Written) -> None:
+    from ..bench.plots import plot
+
+    pictures = plot(runs)
+    written.write(pictures)
+    typer.echo("\n".join(f"wrote {written.root / name}" for name in pictures) or "no plots: ours was not timed")
 
 
 def _result(card: dict, rates: dict, rows: list[dict], report) -> bytes:

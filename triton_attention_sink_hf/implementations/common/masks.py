@@ -1,8 +1,8 @@
 """Visibility on the device: every query row sees one interval of keys, every key is seen by one interval of queries.
 
 Causality, windows, packed segments and used cache lengths all give intervals [lo, hi) whose ends do not decrease from
-row to row, so the first and the last row of a tile bound its loop, and what lies in all of its rows' intervals needs
-no mask. Only a padding mask is looked up key by key.
+row to row. So the first and the last row of a tile bound its loop, and tiles inside all rows' intervals need no mask.
+Only a padding mask is looked up key by key.
 """
 
 import triton
@@ -26,7 +26,7 @@ def query_interval(
     i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr,
 ):  # fmt: skip
-    """Keys [lo, hi) that query rows ``i`` see; rows past the last see what the last one sees."""
+    """Keys [lo, hi) that query rows ``i`` see. Rows past the last see what the last one sees."""
     i = tl.minimum(i, seqlen_q - 1)
     if PACKED:
         return tl.load(ranges_ptr + i), tl.load(ranges_ptr + seqlen_q + i)

@@ -15,9 +15,9 @@ def matmul(a, b, acc=None):
 
 @triton.jit
 def add_product(total, rest, a, b, EXACT: tl.constexpr):
-    """(total, rest) plus a @ b. EXACT, for fp32 operands, carries what each addition rounds off (Kahan).
+    """(total, rest) plus a @ b. EXACT, for fp32 operands, carries each addition's rounding error (Kahan).
 
-    A long loop adds thousands of tiles to one accumulator, an error that fp32 results show.
+    A long loop adds thousands of tiles to one accumulator, and the error would show in fp32 results.
     """
     if EXACT:
         product = matmul(a, b) - rest
@@ -75,7 +75,7 @@ def store_tile(
 
 @triton.jit
 def exp(x):
-    """exp(x) to about an ulp: exp2(log2(e) x) alone is off by the rounding of its argument, which grows with abs(x).
+    """exp(x) to about an ulp. exp2(log2(e) x) alone has the rounding error of its argument, which grows with abs(x).
 
     x = n ln 2 + r by Cody and Waite: the first part of ln 2 has so few bits that its products with n are exact, as long
     as n has few too. Where exp(x) is 0 or infinite, any x will do.

@@ -151,7 +151,7 @@ def _ranges_launch(segments: int, seqlen_q: int, seqlen_k: int, left: int, right
 
 
 def planned(build):
-    """Remember ``build(problem, *rest)`` for the problem's memo: the grid and the constant arguments of a launch."""
+    """Cache ``build(problem, *rest)``, the grid and the constant arguments of a launch, in the problem's memo."""
 
     @functools.wraps(build)
     def plan(problem: Problem, *rest):
@@ -169,8 +169,8 @@ def planned(build):
 def strides(name: str, stride: tuple[int, ...]) -> dict:
     """stride_{name}b, t, h, d of a BSHD tensor.
 
-    Those that a model fixes are compile-time constants, which turns address arithmetic in loops into offsets. The
-    batch's stride varies with the sequence length, and so does a head's if heads are outside of tokens.
+    Strides that a model fixes are constexpr, so that address arithmetic in loops becomes immediate offsets. The batch
+    stride varies with the sequence length. So does the head stride if heads are outside tokens.
     """
     b, t, h, d = stride
     return {
@@ -188,12 +188,15 @@ def dlse_arguments(stride: tuple[int, ...] | None) -> dict:
 
 
 def use_tma(problem: Problem, *tensors: Tensor) -> bool:
-    """Whether the target has Hopper's copy engine and it can address the tensors."""
+    """Whether the target has TMA and it can address the tensors."""
     return problem.target in TMA_TARGETS and all(map(addressable, tensors))
 
 
 def addressable(x: Tensor) -> bool:
-    """Last dimension of BSHD contiguous, all else in multiples of 16 bytes; traced tensors have no address to ask."""
+    """Whether TMA can address a BSHD tensor: last stride 1, the others and the address multiples of 16 bytes.
+
+    Traced tensors have no address; their storage offset decides.
+    """
     b, t, h, d = x.stride()
     unit = 16 // x.element_size()
     if d != 1 or b % unit or t % unit or h % unit or min(b, t, h) <= 0:
@@ -233,5 +236,5 @@ def target_name(device: torch.device) -> str:
 
 @functools.lru_cache
 def multiprocessors(device: torch.device) -> int:
-    """Of a GPU; 4 for tensors that only the interpreter can take, so that persistent kernels loop there too."""
+    """SMs of a GPU; 4 for the interpreter, so that persistent kernels loop there too."""
     return torch.cuda.get_device_properties(device).multi_processor_count if device.type == "cuda" else 4

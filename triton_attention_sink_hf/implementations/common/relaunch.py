@@ -1,15 +1,17 @@
-"""Launching a kernel again without Triton's argument handling, which takes more host time than a short kernel runs.
+"""Repeat a launch without Triton's argument handling, which takes more host time than a short kernel runs.
 
-``kernel[grid](...)`` binds, specialises and hashes some 45 arguments to find the compiled kernel. Here the numbers,
-constants and options of a launch are fixed in a ``Launch``, so only its tensors can lead to another compiled kernel:
-by their dtype, by whether their address is a multiple of 16, and by being None. The first launch of each kind goes
-through Triton; later ones call the compiled kernel that Triton returned, on the device and stream that are current.
-Where Triton's launcher is known to the last argument, they call the C function inside it, and what the copy engine is
-told of a tensor is made once for each address.
+``kernel[grid](...)`` binds, specialises and hashes some 45 arguments to find the compiled kernel. A ``Launch`` fixes
+numbers, constants and options. Then only the tensors can select another compiled kernel: by dtype, by whether the
+address is a multiple of 16, and by being None. The first launch of each kind goes through Triton. Later ones call the
+compiled kernel that Triton returned, on the current device and stream. Where every argument of Triton's launcher is
+known, they call the C function inside it, and build each tensor map once per address.
 
-That skips Triton's check that the globals which a kernel reads have not changed, and nothing else. Whatever is not
-known to be equivalent goes through Triton every time: its interpreter, AMD, other versions, hooks (profilers), debug
-and instrumentation modes, a replaced ``JITFunction.run``, subclasses of tensors.
+This skips one check of Triton, that the globals a kernel reads have not changed. Whatever is not known to be equivalent
+goes through Triton every time: the interpreter, AMD, other versions, hooks (profilers), debug and instrumentation
+modes, a replaced ``JITFunction.run``, tensor subclasses.
+
+Private interfaces of Triton used here: ``CompiledKernel.run``, ``function`` and ``packed_metadata``; for triton 3.6
+also ``CudaLauncher.launch`` and ``make_tensordesc_arg``. Delete when Triton repeats a launch in a few microseconds.
 """
 
 from __future__ import annotations
@@ -27,16 +29,16 @@ from triton.compiler import CompiledKernel
 from triton.runtime.driver import driver
 from triton.runtime.jit import JITFunction
 
-VERSIONS = (3, 6), (3, 9)  # whose JITFunction.run and launchers were read
-C_LAUNCHER_VERSIONS = ((3, 6),)  # whose launchers are looped over in Python, and whose C function's arguments are known
-MAX_ADDRESSES = 256  # remembered for each descriptor; a training loop's allocator returns to far fewer
+VERSIONS = (3, 6), (3, 9)  # whose JITFunction.run and launchers were reviewed
+C_LAUNCHER_VERSIONS = ((3, 6),)  # whose launchers loop in Python around a C function with known arguments
+MAX_ADDRESSES = 256  # cached per descriptor; a training loop's allocator reuses far fewer
 TRITON = tuple(int(part) for part in triton.__version__.split(".")[:2])
 _KNOWN_VERSION = VERSIONS[0] <= TRITON <= VERSIONS[1]
 _RUN = JITFunction.run
 
 
 class Blocks(NamedTuple):
-    """A tensor descriptor but for its tensor, of which shape and strides are fixed here.
+    """All of a tensor descriptor except its base tensor.
 
     Attributes:
         kind: Triton's ``TensorDescriptor`` or Gluon's.
@@ -47,9 +49,9 @@ class Blocks(NamedTuple):
     fields: dict
 
     def of(self, x: Tensor):
-        """The descriptor of x, without ``kind``'s checks, which take longer than all else about it.
+        """The descriptor of x, without ``kind``'s checks, which would dominate its cost.
 
-        The caller has made sure that the address and the strides are multiples of 16 bytes and the last stride is 1.
+        The caller guarantees that the address and the strides are multiples of 16 bytes and the last stride is 1.
         """
         made = object.__new__(self.kind)
         made.__dict__ = {"base": x, **self.fields}
@@ -91,7 +93,7 @@ class Launch:
                 return
             address = x.data_ptr()
             key += x.dtype, address % 16 == 0, x.get_device()
-            addresses.append(address)  # from a tensor the launcher would take it again, and ask the driver about it
+            addresses.append(address)  # given a tensor, the launcher would look it up again and ask the driver
         key = tuple(key)
         again = self._again.get(key)
         if again is None:
@@ -124,7 +126,7 @@ class Launch:
         return again
 
     def _c_launch(self, compiled: CompiledKernel) -> Callable | None:
-        """The same by the C function inside, around two loops over all arguments; None if anything is not as known."""
+        """The same by the C function inside, without two loops over all arguments; None if anything is unknown."""
         launcher = compiled.run
         module = sys.modules[type(launcher).__module__]
         if TRITON not in C_LAUNCHER_VERSIONS or module.__name__ != "triton.backends.nvidia.driver":
@@ -140,7 +142,7 @@ class Launch:
                 return None
             for name, meta in zip(names, metadata, strict=True):
                 blocks.append((self._tensors.index(name), name, self.blocks[name], meta, {}))
-            blocks.reverse()  # each becomes several arguments, which moves those behind it
+            blocks.reverse()  # each becomes several arguments, which shifts those after it
         expand = module.make_tensordesc_arg
         grid, rest = self._fixed()
         kernel = (
@@ -163,7 +165,7 @@ class Launch:
 
 
 def _unobserved(kernel: JITFunction) -> bool:
-    """Whether nobody asked Triton to watch or to change launches."""
+    """Whether nothing watches or changes Triton's launches."""
     runtime = knobs.runtime
     return (
         type(kernel).run is _RUN

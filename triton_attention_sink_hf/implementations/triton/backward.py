@@ -1,13 +1,17 @@
-"""Portable backward in two kernels, each in a fixed order, without atomics; the workspace is two fp32 a row.
+"""Portable backward: a dq kernel, then a dk, dv kernel. Deterministic, no atomics; the workspace is two fp32 per row.
 
-dq: one program per tile of query rows. It takes delta = rowsum(dout * out) - dlse on the way, stores it for the second
+dq: one program per tile of query rows. It also computes delta = rowsum(dout * out) - dlse, stores it for the second
 kernel, and leaves per-tile sums of the sink's gradient.
-dk, dv: one program per tile of keys; it loops over the queries of the whole group of heads, so grouped heads need
+dk, dv: one program per tile of keys. It loops over the queries of the whole group of heads, so grouped heads need
 neither atomics nor copies.
 
 With P = exp(x - lse), dP = dout v^T: dS = P (dP - delta), dq = scale dS k, dk = scale dS^T q, dv = P^T dout, and
 dsink = -sum over rows of exp(sink - lse) delta.
+
+Over 400 lines: both kernels share the formula, their steps and a launch.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -26,9 +30,9 @@ from .config import MIN_TMA_PACK, dkv_config, dq_config
 def _probabilities(
     s, lse, softmax_scale, softcap, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr
 ):  # fmt: skip
-    """P = exp(x - lse) and dx/ds of the softcap, from raw scores; lse is broadcast to s.
+    """P = exp(x - lse) and the softcap's dx/ds, from raw scores; lse is broadcast to s.
 
-    EXACT, for fp32 inputs, subtracts before it changes the base: the rounding of lse in base 2 stays out of P.
+    EXACT, for fp32 inputs, subtracts before it changes the base, so that lse is not rounded in base 2.
     """
     slope = 1.0
     if PRESCALE or EXACT:
@@ -40,38 +44,59 @@ def _probabilities(
     return tl.exp2(s * (softmax_scale * LOG2E) - lse * LOG2E), slope
 
 
+class _DqOptions(NamedTuple):
+    """What is fixed when the kernel is compiled, for ``_dq_step``."""
+
+    stride_kt: int
+    stride_kd: int
+    stride_vt: int
+    stride_vd: int
+    HAS_SINK: bool
+    PRESCALE: bool
+    HAS_SOFTCAP: bool
+    HAS_PADDING: bool
+    TMA: bool
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_N: int
+
+
 @triton.jit
 def _dq_step(
-    dq, row_sum, q, dout, lse, delta, k_ptr, v_ptr, k_desc, v_desc, b, head_k, padding_ptr, n0, end, lo, hi,
-    softmax_scale, softcap,
-    stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-    HAS_SINK: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr,
-    MASKED: tl.constexpr, TMA: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    dq, row_sum, queries, keys, b, head_k, padding_ptr, n0, end, lo, hi, softmax_scale, softcap, stride_pt,
+    MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
+    """Add the part of keys [n0, n0 + BLOCK_N), up to ``end``."""
+    q, dout, lse, delta = queries
+    k_ptr, v_ptr, k_desc, v_desc = keys
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
+    BLOCK_D: tl.constexpr = OPTIONS.BLOCK_D
+    BLOCK_DV: tl.constexpr = OPTIONS.BLOCK_DV
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    BLOCKS: tl.constexpr = TMA and not MASKED  # what lies past ``end`` may hold anything
+    BLOCKS: tl.constexpr = OPTIONS.TMA and not MASKED  # what lies past ``end`` may hold anything
     if BLOCKS:
         k = load_block(k_desc, b, n0, head_k, BLOCK_N, BLOCK_D)
         v = load_block(v_desc, b, n0, head_k, BLOCK_N, BLOCK_DV)
     else:
-        k_tile, v_tile = k_ptr + n0.to(tl.int64) * stride_kt, v_ptr + n0.to(tl.int64) * stride_vt
-        k = load_tile(k_tile, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
-        v = load_tile(v_tile, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
+        k_tile, v_tile = k_ptr + n0.to(tl.int64) * OPTIONS.stride_kt, v_ptr + n0.to(tl.int64) * OPTIONS.stride_vt
+        k = load_tile(k_tile, cols * OPTIONS.stride_kt, j < end, OPTIONS.stride_kd, OPTIONS.D, BLOCK_D, CHECK=MASKED)
+        v = load_tile(v_tile, cols * OPTIONS.stride_vt, j < end, OPTIONS.stride_vd, OPTIONS.DV, BLOCK_DV, CHECK=MASKED)
     EXACT: tl.constexpr = q.dtype == tl.float32
     s = matmul(q, k.T)
-    p, slope = _probabilities(s, lse[:, None], softmax_scale, softcap, PRESCALE, HAS_SOFTCAP, EXACT)
+    p, slope = _probabilities(s, lse[:, None], softmax_scale, softcap, OPTIONS.PRESCALE, OPTIONS.HAS_SOFTCAP, EXACT)
     if MASKED:
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-        if HAS_PADDING:
+        if OPTIONS.HAS_PADDING:
             real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < end, other=0)
             visible = visible & (real != 0)[None, :]
         p = tl.where(visible, p, 0.0)
     ds = p * (matmul(dout, v.T) - delta[:, None])
-    if HAS_SINK:
+    if OPTIONS.HAS_SINK:
         row_sum += tl.sum(ds, 1)
-    if HAS_SOFTCAP:
+    if OPTIONS.HAS_SOFTCAP:
         ds = ds * slope
     return matmul(ds.to(k.dtype), k, dq), row_sum
 
@@ -93,8 +118,13 @@ def _attn_bwd_dq_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
-    # what loops compute anew rather than keep in registers that there are not
-    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
+    OPTIONS: tl.constexpr = _DqOptions(
+        stride_kt=stride_kt, stride_kd=stride_kd, stride_vt=stride_vt, stride_vd=stride_vd, HAS_SINK=HAS_SINK,
+        PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, HAS_PADDING=HAS_PADDING, TMA=TMA,
+        D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
+    # disable LICM: hoisted values would spill
+    NO_LICM: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
     chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
     tile = tiles - 1 - tl.program_id(0) // (chunks * batch)  # as in the forward
@@ -148,21 +178,17 @@ def _attn_bwd_dq_kernel(
         padding_base = padding_ptr + b.to(tl.int64) * stride_pb
     dq = tl.zeros([BLOCK_M, BLOCK_D], tl.float32)
     row_sum = tl.zeros([BLOCK_M], tl.float32)
-    for e in tl.range(0, edges, num_stages=STAGES, disable_licm=ANEW):
+    for e in tl.range(0, edges, num_stages=STAGES, disable_licm=NO_LICM):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base,
-            n0, hi_last, lo, hi,
-            softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            dq, row_sum, (q, dout, lse, delta), (k_base, v_base, k_desc, v_desc), b, head_k, padding_base,
+            n0, hi_last, lo, hi, softmax_scale, softcap, stride_pt, True, OPTIONS,
         )  # fmt: skip
-    for f in tl.range(0, full, num_stages=STAGES, disable_licm=ANEW):
+    for f in tl.range(0, full, num_stages=STAGES, disable_licm=NO_LICM):
         n0 = lo_first + (before + f) * BLOCK_N
         dq, row_sum = _dq_step(
-            dq, row_sum, q, dout, lse, delta, k_base, v_base, k_desc, v_desc, b, head_k, padding_base,
-            n0, hi_last, lo, hi,
-            softmax_scale, softcap, stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            HAS_SINK, PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, TMA, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            dq, row_sum, (q, dout, lse, delta), (k_base, v_base, k_desc, v_desc), b, head_k, padding_base,
+            n0, hi_last, lo, hi, softmax_scale, softcap, stride_pt, False, OPTIONS,
         )  # fmt: skip
 
     dq_base = dq_ptr + b.to(tl.int64) * stride_dqb + head.to(tl.int64) * stride_dqh
@@ -181,40 +207,66 @@ def _attn_bwd_dq_kernel(
         tl.store(dsink_ptr + (b.to(tl.int64) * tiles + tile) * heads_q + head + tl.arange(0, PACK), part)
 
 
+class _DkvOptions(NamedTuple):
+    """What is fixed when the kernel is compiled, for ``_dkv_step``. WHOLE: no packed rows are cut short."""
+
+    stride_qt: int
+    stride_qd: int
+    stride_dot: int
+    stride_dod: int
+    stride_st: int
+    PRESCALE: bool
+    HAS_SOFTCAP: bool
+    TMA: bool
+    WHOLE: bool
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_M: int
+    PACK: int
+
+
 @triton.jit
 def _dkv_step(
-    dk, dv, dk_rest, dv_rest, k, v, q_ptr, dout_ptr, q_desc, dout_desc, statistics_desc, b, head, statistics_ptr,
-    t0, end, lo, hi, softmax_scale, softcap,
-    stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
-    PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
-    BLOCK_M: tl.constexpr, TMA: tl.constexpr, WHOLE: tl.constexpr,
+    dk, dv, dk_rest, dv_rest, k, v, pointers, descs, head_strides, b, head, t0, end, lo, hi, softmax_scale, softcap,
+    MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Add the part of query rows from token t0 on, up to ``end``; scores are transposed (keys, rows)."""
+    q_ptr, dout_ptr, statistics_ptr = pointers
+    q_desc, dout_desc, statistics_desc = descs
+    stride_qh, stride_doh, stride_sh, stride_sp = head_strides
+    BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
+    BLOCK_D: tl.constexpr = OPTIONS.BLOCK_D
+    BLOCK_DV: tl.constexpr = OPTIONS.BLOCK_DV
+    PACK: tl.constexpr = OPTIONS.PACK
+    TMA: tl.constexpr = OPTIONS.TMA
     rows = tl.arange(0, BLOCK_M)
     i = t0 + rows // PACK
     valid = i < end
-    BLOCKS: tl.constexpr = TMA and (WHOLE or not MASKED)  # rows past ``end`` are real unless packed rows are cut short
+    # rows past ``end`` are real unless packed rows are cut short
+    BLOCKS: tl.constexpr = TMA and (OPTIONS.WHOLE or not MASKED)
     if BLOCKS:
         q = load_block(q_desc, b, t0, head, BLOCK_M, BLOCK_D)
         dout = load_block(dout_desc, b, t0, head, BLOCK_M, BLOCK_DV)
     else:
-        q_tile, dout_tile = q_ptr + t0.to(tl.int64) * stride_qt, dout_ptr + t0.to(tl.int64) * stride_dot
+        q_tile, dout_tile = q_ptr + t0.to(tl.int64) * OPTIONS.stride_qt, dout_ptr + t0.to(tl.int64) * OPTIONS.stride_dot
+        CHECK: tl.constexpr = MASKED and not TMA
         tokens = rows // PACK
         if TMA:
-            tokens = tl.minimum(tokens, end - 1 - t0)  # reads the last row again, hidden below: takes fewer registers
-        q_rows = tokens * stride_qt + rows % PACK * stride_qh
-        q = load_tile(q_tile, q_rows, valid, stride_qd, D, BLOCK_D, CHECK=MASKED and not TMA)
-        dout_rows = tokens * stride_dot + rows % PACK * stride_doh
-        dout = load_tile(dout_tile, dout_rows, valid, stride_dod, DV, BLOCK_DV, CHECK=MASKED and not TMA)
+            tokens = tl.minimum(tokens, end - 1 - t0)  # re-read the last row, masked below: saves registers
+        q_rows = tokens * OPTIONS.stride_qt + rows % PACK * stride_qh
+        q = load_tile(q_tile, q_rows, valid, OPTIONS.stride_qd, OPTIONS.D, BLOCK_D, CHECK=CHECK)
+        dout_rows = tokens * OPTIONS.stride_dot + rows % PACK * stride_doh
+        dout = load_tile(dout_tile, dout_rows, valid, OPTIONS.stride_dod, OPTIONS.DV, BLOCK_DV, CHECK=CHECK)
     if TMA:
         lse = tl.reshape(statistics_desc.load([b, t0, 0, head]), [BLOCK_M])
         delta = tl.reshape(statistics_desc.load([b, t0, 1, head]), [BLOCK_M])
         if not BLOCKS:
-            delta = tl.where(valid, delta, 0.0)  # past ``end`` it may be anything, as lse, which is hidden with P
+            delta = tl.where(valid, delta, 0.0)  # past ``end`` it may be anything; so may lse, but P is masked
     else:
-        statistics = statistics_ptr + t0.to(tl.int64) * stride_st
-        statistics += rows // PACK * stride_st + rows % PACK * stride_sh
+        statistics = statistics_ptr + t0.to(tl.int64) * OPTIONS.stride_st
+        statistics += rows // PACK * OPTIONS.stride_st + rows % PACK * stride_sh
         if MASKED:
             lse = tl.load(statistics, mask=valid, other=0.0)
             delta = tl.load(statistics + stride_sp, mask=valid, other=0.0)
@@ -223,13 +275,13 @@ def _dkv_step(
             delta = tl.load(statistics + stride_sp)
     EXACT: tl.constexpr = q.dtype == tl.float32
     s = matmul(k, q.T)
-    p, slope = _probabilities(s, lse[None, :], softmax_scale, softcap, PRESCALE, HAS_SOFTCAP, EXACT)
+    p, slope = _probabilities(s, lse[None, :], softmax_scale, softcap, OPTIONS.PRESCALE, OPTIONS.HAS_SOFTCAP, EXACT)
     if MASKED:
         visible = (i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None])
         p = tl.where(visible, p, 0.0)
     dv, dv_rest = add_product(dv, dv_rest, p.to(dout.dtype), dout, EXACT)
     ds = p * (matmul(v, dout.T) - delta[None, :])
-    if HAS_SOFTCAP:
+    if OPTIONS.HAS_SOFTCAP:
         ds = ds * slope
     dk, dk_rest = add_product(dk, dk_rest, ds.to(q.dtype), q, EXACT)
     return dk, dv, dk_rest, dv_rest
@@ -251,8 +303,13 @@ def _attn_bwd_dkv_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
-    # what loops compute anew rather than keep in registers that there are not
-    ANEW: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
+    OPTIONS: tl.constexpr = _DkvOptions(
+        stride_qt=stride_qt, stride_qd=stride_qd, stride_dot=stride_dot, stride_dod=stride_dod, stride_st=stride_st,
+        PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, TMA=TMA, WHOLE=not PACKED,
+        D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, PACK=PACK,
+    )  # fmt: skip
+    # disable LICM: hoisted values would spill
+    NO_LICM: tl.constexpr = TMA and (PACKED or BLOCK_D >= 128)
     # the first key tiles first: under causality most queries see them
     tile = tl.program_id(0) // (heads_k * batch)
     rest = tl.program_id(0) % (heads_k * batch)
@@ -276,7 +333,7 @@ def _attn_bwd_dkv_kernel(
     )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=False)
 
-    # what no query sees (unused cache slots, rows past the last segment) may hold anything and is not read
+    # keys that no query sees (unused cache slots, rows past the last segment) may hold anything and are not read
     seen = valid & (lo < hi)
     k_base = k_ptr + b.to(tl.int64) * stride_kb + head_k.to(tl.int64) * stride_kh
     k = load_tile(k_base, j.to(tl.int64) * stride_kt, seen, stride_kd, D, BLOCK_D, CHECK=True)
@@ -292,25 +349,23 @@ def _attn_bwd_dkv_kernel(
         q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
         dout_base = dout_ptr + b.to(tl.int64) * stride_dob + head.to(tl.int64) * stride_doh
         statistics = statistics_ptr + (b * heads_q).to(tl.int64) * 2 * seqlen_q + head.to(tl.int64) * stride_sh
-        for e in tl.range(0, edges, num_stages=STAGES, disable_licm=ANEW):
+        for e in tl.range(0, edges, num_stages=STAGES, disable_licm=NO_LICM):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
-                dk, dv, dk_rest, dv_rest, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head,
-                statistics, t0, hi_last, lo, hi, softmax_scale, softcap,
-                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
-                PRESCALE, HAS_SOFTCAP, True, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
+                dk, dv, dk_rest, dv_rest, k, v, (q_base, dout_base, statistics), (q_desc, dout_desc, statistics_desc),
+                (stride_qh, stride_doh, stride_sh, stride_sp), b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
+                True, OPTIONS,
             )  # fmt: skip
-        for f in tl.range(0, full, num_stages=STAGES, disable_licm=ANEW):
+        for f in tl.range(0, full, num_stages=STAGES, disable_licm=NO_LICM):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
-                dk, dv, dk_rest, dv_rest, k, v, q_base, dout_base, q_desc, dout_desc, statistics_desc, b, head,
-                statistics, t0, hi_last, lo, hi, softmax_scale, softcap,
-                stride_qt, stride_qh, stride_qd, stride_dot, stride_doh, stride_dod, stride_st, stride_sh, stride_sp,
-                PRESCALE, HAS_SOFTCAP, False, D, DV, BLOCK_D, BLOCK_DV, PACK, BLOCK_M, TMA, not PACKED,
+                dk, dv, dk_rest, dv_rest, k, v, (q_base, dout_base, statistics), (q_desc, dout_desc, statistics_desc),
+                (stride_qh, stride_doh, stride_sh, stride_sp), b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
+                False, OPTIONS,
             )  # fmt: skip
     dk = dk * softmax_scale
     if HAS_PADDING:
-        # a hidden key's scores touch no other key's gradient, so they are dropped here instead of in the loop
+        # a masked key affects no other key's gradient, so the mask is applied here instead of in the loop
         padding_rows = b.to(tl.int64) * stride_pb + j.to(tl.int64) * stride_pt
         real = tl.load(padding_ptr + padding_rows, mask=valid, other=0) != 0
         dk = tl.where(real[:, None], dk, 0.0)
@@ -388,9 +443,9 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
 
 
 def statistics_strides(problem: Problem) -> dict:
-    """lse and delta as the second kernel reads them, 2 B Sq Hq fp32: the packed heads of a token side by side.
+    """Strides of lse and delta, 2 B Sq Hq fp32, as the second kernel reads them.
 
-    Rows of a tile are then few wide loads. Unpacked heads have their tokens side by side.
+    The packed heads of a token are contiguous, so that a tile's rows are few wide loads. Without packing, tokens are.
     """
     if problem.pack > 1:
         return {

@@ -12,9 +12,9 @@ from dataclasses import dataclass, replace
 
 @dataclass(frozen=True)
 class KernelConfig:
-    """Tile sizes in rows and keys, and what Triton is told: warps per program, depth of the load pipeline.
+    """Tile sizes in rows and keys; warps per program and depth of the load pipeline, for Triton.
 
-    ``tma``: the loop's tiles come by Hopper's copy engine where their strides allow it.
+    ``tma``: the loop's tiles are loaded by TMA where their strides allow it.
     """
 
     block_m: int
@@ -120,7 +120,7 @@ def _config(kernel: str, problem) -> KernelConfig:
     name = _size_class(problem)
     overrides = _OVERRIDES.get(problem.target, {}).get(kernel, {})
     if problem.target == "sm90" and problem.call.softcap > 0.0:
-        overrides = {}  # they leave no registers for a softcap
+        overrides = {}  # these tiles leave no registers for a softcap
     return overrides.get(name, _DEFAULT[kernel][name])
 
 

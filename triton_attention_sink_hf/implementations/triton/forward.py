@@ -1,5 +1,7 @@
 """Portable forward: one program per (batch row, tile of query tokens, heads of one key head), online softmax."""
 
+from typing import NamedTuple
+
 import triton
 import triton.language as tl
 
@@ -10,24 +12,42 @@ from ..common.relaunch import Launch
 from .config import forward_config
 
 
+class _Options(NamedTuple):
+    """What is fixed when the kernel is compiled, for ``_attend``."""
+
+    stride_kt: int
+    stride_kd: int
+    stride_vt: int
+    stride_vd: int
+    PRESCALE: bool
+    HAS_SOFTCAP: bool
+    HAS_PADDING: bool
+    D: int
+    DV: int
+    BLOCK_D: int
+    BLOCK_DV: int
+    BLOCK_N: int
+
+
 @triton.jit
 def _attend(
-    acc, l, m, q, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap,
-    stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-    PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, HAS_PADDING: tl.constexpr, MASKED: tl.constexpr,
-    D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, BLOCK_N: tl.constexpr,
+    acc, l, m, q, k_ptr, v_ptr, padding_ptr, n0, end, lo, hi, softmax_scale, softcap, stride_pt,
+    MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2. Keys from ``end`` on are not read."""
+    D: tl.constexpr = OPTIONS.D
+    DV: tl.constexpr = OPTIONS.DV
+    BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
     cols = tl.arange(0, BLOCK_N)
     j = n0 + cols
-    k_tile = k_ptr + n0.to(tl.int64) * stride_kt
-    k = load_tile(k_tile, cols * stride_kt, j < end, stride_kd, D, BLOCK_D, CHECK=MASKED)
+    k_tile = k_ptr + n0.to(tl.int64) * OPTIONS.stride_kt
+    k = load_tile(k_tile, cols * OPTIONS.stride_kt, j < end, OPTIONS.stride_kd, D, OPTIONS.BLOCK_D, CHECK=MASKED)
     s = matmul(q, k.T)
-    # softmax_scale * LOG2E is rounded once for all scores, an error that fp32 results show
+    # softmax_scale * LOG2E has one rounding error for all scores, which shows in fp32 results
     EXACT: tl.constexpr = q.dtype == tl.float32
-    if PRESCALE or EXACT:
+    if OPTIONS.PRESCALE or EXACT:
         s = s * softmax_scale
-        if HAS_SOFTCAP:
+        if OPTIONS.HAS_SOFTCAP:
             s = cap(s, softcap)
         s = s * LOG2E
         scale = 1.0
@@ -35,7 +55,7 @@ def _attend(
         scale = softmax_scale * LOG2E
     if MASKED:
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
-        if HAS_PADDING:
+        if OPTIONS.HAS_PADDING:
             real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=j < end, other=0)
             visible = visible & (real != 0)[None, :]
         s = tl.where(visible, s, float("-inf"))
@@ -46,8 +66,8 @@ def _attend(
     p = tl.exp2(s * scale - shift[:, None])
     alpha = tl.exp2(m - shift)
     l = l * alpha + tl.sum(p, 1)
-    v_tile = v_ptr + n0.to(tl.int64) * stride_vt
-    v = load_tile(v_tile, cols * stride_vt, j < end, stride_vd, DV, BLOCK_DV, CHECK=MASKED)
+    v_tile = v_ptr + n0.to(tl.int64) * OPTIONS.stride_vt
+    v = load_tile(v_tile, cols * OPTIONS.stride_vt, j < end, OPTIONS.stride_vd, DV, OPTIONS.BLOCK_DV, CHECK=MASKED)
     acc = matmul(p.to(v.dtype), v, acc * alpha[:, None])
     return acc, l, m_new
 
@@ -64,9 +84,14 @@ def _attn_fwd_kernel(
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
+    OPTIONS: tl.constexpr = _Options(
+        stride_kt=stride_kt, stride_kd=stride_kd, stride_vt=stride_vt, stride_vd=stride_vd,
+        PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, HAS_PADDING=HAS_PADDING,
+        D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_N=BLOCK_N,
+    )  # fmt: skip
     chunks = heads_q // PACK
     tiles = tl.cdiv(seqlen_q, TOKENS)
-    # the last query tiles first, since causal ones see most; the heads of one tile side by side share keys in L2
+    # last query tiles first, because causal ones see most keys; heads of one tile run side by side and share keys in L2
     tile = tiles - 1 - tl.program_id(0) // (chunks * batch)
     rest = tl.program_id(0) % (chunks * batch)
     b = rest // chunks
@@ -105,26 +130,24 @@ def _attn_fwd_kernel(
     for e in tl.range(0, edges, num_stages=STAGES):
         n0 = lo_first + tl.where(e < before, e, e + skip) * BLOCK_N
         acc, l, m = _attend(
-            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
-            stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            PRESCALE, HAS_SOFTCAP, HAS_PADDING, True, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap, stride_pt,
+            True, OPTIONS,
         )  # fmt: skip
     for f in tl.range(0, full, num_stages=STAGES):
         n0 = lo_first + (before + f) * BLOCK_N
         acc, l, m = _attend(
-            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap,
-            stride_kt, stride_kd, stride_vt, stride_vd, stride_pt,
-            PRESCALE, HAS_SOFTCAP, HAS_PADDING, False, D, DV, BLOCK_D, BLOCK_DV, BLOCK_N,
+            acc, l, m, q, k_base, v_base, padding_base, n0, hi_last, lo, hi, softmax_scale, softcap, stride_pt,
+            False, OPTIONS,
         )  # fmt: skip
 
-    # Back in natural units, the sink joins last, so that a row that it dominates has lse = sink exactly.
+    # The sink joins last, in natural units, so that lse = sink exactly where the sink dominates.
     top = m * LN2
     if HAS_SINK:
         sink = tl.load(sink_ptr + heads).to(tl.float32)
         top = tl.maximum(top, sink)
     top = tl.where(top == float("-inf"), 0.0, top)
     keys = tl.exp2(m - top * LOG2E)
-    keys = tl.where(m == float("-inf"), 0.0, keys)  # top * LOG2E of a very negative sink is -inf too, and keys NaN
+    keys = tl.where(m == float("-inf"), 0.0, keys)  # where top * LOG2E of a very negative sink is -inf too, keys is NaN
     l = l * keys
     if HAS_SINK:
         l += tl.exp2((sink - top) * LOG2E)

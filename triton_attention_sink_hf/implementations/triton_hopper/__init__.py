@@ -1,4 +1,4 @@
-"""Hopper kernels (wgmma, copy engine, warp specialisation) for full attention and wide windows, dense or packed."""
+"""Hopper kernels (wgmma, TMA, warp specialisation) for full attention and wide windows, dense or packed."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def supports(call: Call) -> str | None:
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
-    if q.shape[-1] % 8 or v.shape[-1] % 8:  # out and the gradients go by the copy engine too
+    if q.shape[-1] % 8 or v.shape[-1] % 8:  # TMA stores out and the gradients too
         return "the Hopper kernels take head dimensions that are multiples of 8"
     return portable.supports(call)
 
 
 def slower_reason(call: Call) -> str | None:
-    """Why "auto" leaves ``call`` to the portable kernels, which are faster there; None if it does not."""
+    """Why "auto" leaves ``call`` to the portable kernels, which are faster there; None if it takes this backend."""
     queries = call.q.shape[1]
     if queries < MIN_QUERIES:
         return f"the portable kernels are faster for fewer than {MIN_QUERIES} queries, got {queries}"

@@ -1,13 +1,13 @@
-"""Hopper backward in Gluon: one fused kernel of five products for head dimensions up to 128.
+"""Hopper backward in Gluon for head dimensions up to 128: all five products in one kernel.
 
-Three warpgroups. Two consumers own 64 keys each: transposed scores and dP, dk and dv in registers, P and dS as register
-operands; they write dS to a ring of two slots. The third loads q, dout, lse and delta through the copy engine and makes
-dq: dS K as an fp32 tile that the copy engine adds to a buffer in memory. So no barrier couples the consumers. A barrier
-of a dS slot says two things: dS is there, and both consumers are done with the q and dout of that block.
+Three warpgroups. Two consumers own 64 keys each. They compute transposed scores and dP, keep dk and dv in registers,
+take P and dS as register operands, and write dS to a ring of two slots. The third warpgroup loads q, dout, lse and
+delta by TMA and computes dq: dS K as an fp32 tile, which TMA adds to a buffer in memory. So no barrier couples the
+consumers. A dS barrier means two things: dS is there, and both consumers are done with the q and dout of that block.
 
-dk, dv and dsink have a fixed order; dq has none (the order in which tiles arrive), hence no place where determinism is
-asked for. Before the kernel ``backward_preprocess.py`` runs (delta, lse in base 2, dsink, zeros for dq), after it
-``backward_postprocess.py`` (dq in its own dtype).
+dk, dv and dsink are deterministic. dq is not, because tiles are added as they arrive; so this kernel is not used when
+deterministic gradients are requested. ``backward_preprocess.py`` runs before it (delta, lse in base 2, dsink, zeros for
+dq), ``backward_postprocess.py`` after it (dq in its own dtype).
 """
 
 import torch
@@ -135,7 +135,7 @@ def _loader_and_dq(
     for c in range(0, n):
         e = c & 1
         mbarrier.wait(memory.ds_full.index(e), (c >> 1) & 1)
-        if c + STAGES < n:  # both consumers are through with this slot
+        if c + STAGES < n:  # both consumers are done with this slot
             slot = c % STAGES
             next_head = head_k * keys.group + ahead_head
             _load_block(descs, memory, slot, b, next_head, row + ahead_head, start + ahead * BLOCK_M, BLOCK_M)
@@ -162,7 +162,7 @@ def _consumer(
 ):  # fmt: skip
     BLOCK_D: gl.constexpr = dk_rows.BLOCK
     BLOCK_DV: gl.constexpr = dv_rows.BLOCK
-    # registers to spare: K and V there, scores one block ahead, P as an operand of dv before P has become dS
+    # There are registers left for K and V, for scores one block ahead, and for P and dS at the same time.
     SMALL: gl.constexpr = BLOCK_D <= 64 and BLOCK_DV <= 64
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_M, 16])
     dk_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
@@ -175,6 +175,7 @@ def _consumer(
     key, end, b, head_k, start, blocks = keys.own_tile(BLOCK_M, ALIGN)
     first = key + w * 64
     lo, hi, edge, unmasked = keys.seeing(first, end, start, blocks, 64, BLOCK_M, gl.SliceLayout(1, s_layout))
+    # s, dp: [keys, queries]; dk, dv: [keys, columns]
     zero = gl.zeros([64, BLOCK_M], gl.float32, layout=s_layout)
     dk = gl.zeros([64, BLOCK_D], gl.float32, layout=dk_layout)
     dv = gl.zeros([64, BLOCK_DV], gl.float32, layout=dv_layout)
@@ -193,7 +194,7 @@ def _consumer(
         q0 = memory.q.index(0).reshape([BLOCK_M, BLOCK_D])
         s = warpgroup_mma(k, q0.permute((1, 0)), zero, use_acc=False, is_async=True)
         s, dp = warpgroup_mma_wait(0, deps=[s, dp])
-    for c in tl.range(0, n, disable_licm=True):  # else what does not change takes the registers of what does
+    for c in tl.range(0, n, disable_licm=True):  # hoisted values would spill
         slot, phase = _slot(c, STAGES)
         e = c & 1
         q = memory.q.index(slot).reshape([BLOCK_M, BLOCK_D])

@@ -1,4 +1,4 @@
-"""What the fused backward does after its products: dq in its own dtype."""
+"""What runs after the products of the fused backward: dq in its own dtype."""
 
 import triton
 import triton.language as tl

@@ -1,4 +1,4 @@
-"""What both backwards compute before their products: lse in base 2, delta and dsink of every row."""
+"""What runs before the products of the fused and the wide backward: lse in base 2, delta and dsink of every row."""
 
 import triton
 import triton.language as tl
@@ -39,7 +39,7 @@ def _hopper_bwd_preprocess_kernel(
         delta -= tl.load(dlse_base + i.to(tl.int64) * stride_dlt, mask=valid, other=0.0)
     head = b * heads_q + h
     lse = tl.load(lse_ptr + head * seqlen_q + i, mask=valid, other=float("-inf"))
-    base_2 = lse * LOG2E  # -inf, too, for the lowest sinks, which are the lse of rows that see no key
+    base_2 = lse * LOG2E  # overflows to -inf for the lowest sinks, which are the lse of rows that see no key
     statistics = statistics_ptr + head * padded_q + i
     tl.store(statistics, tl.where(base_2 == float("-inf"), float("inf"), base_2))
     tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)

@@ -1,10 +1,13 @@
-"""Hopper backward in Gluon for head dimensions above 128: two kernels of four and three products, in a fixed order.
+"""Hopper backward in Gluon for head dimensions above 128: a dk, dv kernel and a dq kernel. Deterministic.
 
-dk and dv of 64 keys fill the registers of one warpgroup each. ``_hopper_dkv_kernel`` gives them one each: the first has
-S, P and dv, the second dP, dS and dk; P goes from the one to the other through shared memory, in fp32.
-``_hopper_dq_kernel`` has two warpgroups of 64 queries. In both the probabilities and their gradients are register
-operands, and the next block's scores go out with this block's last product. A third warpgroup loads through the copy
-engine; it is the default partition, where a consumer would spill.
+dk and dv of 64 keys fill the registers of one warpgroup each. So ``_hopper_dkv_kernel`` has two consumers: one computes
+S, P and dv, the other dP, dS and dk. P passes between them through shared memory, in fp32. ``_hopper_dq_kernel`` has
+two consumers of 64 queries each.
+
+In both, P and dS are register operands, and the next block's scores are issued with this block's last product. A third
+warpgroup loads by TMA. It is the default partition, where a consumer would spill.
+
+Over 400 lines: both kernels share a launch and a structure, and are read together.
 """
 
 from triton.experimental import gluon
@@ -86,6 +89,7 @@ def _dv_consumer(dv_rows, memory, keys, softmax_scale, BLOCK_D: gl.constexpr, BL
     scale = softmax_scale * LOG2E
     key, end, b, head_k, start, blocks = keys.own_tile(BLOCK, ALIGN)
     lo, hi, edge, unmasked = keys.seeing(key, end, start, blocks, BLOCK, BLOCK, gl.SliceLayout(1, s_layout))
+    # s, p: [keys, queries]; dv: [keys, columns]
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
     dv = gl.zeros([BLOCK, BLOCK_DV], gl.float32, layout=layout)
     k = memory.k.reshape([BLOCK, BLOCK_D])
@@ -112,7 +116,7 @@ def _dv_consumer(dv_rows, memory, keys, softmax_scale, BLOCK_D: gl.constexpr, BL
         p = gl.convert_layout(p.to(dtype), operand)
         mbarrier.wait(memory.dout_full.index(slot), phase)
         dv = warpgroup_mma(p, memory.dout.index(slot).reshape([BLOCK, BLOCK_DV]), dv, is_async=True)
-        following = gl.minimum(c + 1, n - 1)  # the last block's scores are computed twice
+        following = gl.minimum(c + 1, n - 1)  # the last block's scores are computed twice and not used
         mbarrier.wait(memory.q_full.index(following & 1), (following >> 1) & 1)
         q = memory.q.index(following & 1).reshape([BLOCK, BLOCK_D])
         s = warpgroup_mma(k, q.permute((1, 0)), zero, use_acc=False, is_async=True)
@@ -131,6 +135,7 @@ def _dk_consumer(
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
     dtype: gl.constexpr = memory.q.dtype
     key, end, b, head_k, _start, blocks = keys.own_tile(BLOCK, ALIGN)
+    # dp, ds: [keys, queries]; dk: [keys, columns]
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
     dk = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
     v = memory.v.reshape([BLOCK, BLOCK_DV])
@@ -184,7 +189,7 @@ def _hopper_dkv_kernel(
         if keys.is_surplus():
             return
     dtype: gl.constexpr = q_desc.dtype
-    # a quarter of a warp's stores meet all banks once
+    # each quarter of a warp's stores touches every bank once
     p_layout: gl.constexpr = gl.SwizzledSharedLayout(8, 1, 8, order=[1, 0])
     memory = _DkvMemory(
         k=gl.allocate_shared_memory(dtype, [1, 1, BLOCK, BLOCK_D], k_desc.layout),
@@ -262,10 +267,10 @@ def _dq_loader(q_desc, dout_desc, k_desc, v_desc, memory, queries, BLOCK: gl.con
 
 @gluon.jit
 def _dq_consumer(
-    w: gl.constexpr, statistics_ptr, dq, memory, queries, softmax_scale, padded_q,
+    w: gl.constexpr, statistics_ptr, dq_rows, memory, queries, softmax_scale, padded_q,
     BLOCK_DV: gl.constexpr, BLOCK: gl.constexpr,
 ):  # fmt: skip
-    BLOCK_D: gl.constexpr = dq.BLOCK
+    BLOCK_D: gl.constexpr = dq_rows.BLOCK
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK, 16])
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_D, 16])
     operand: gl.constexpr = gl.DotOperandLayout(0, layout, 2)
@@ -281,8 +286,9 @@ def _dq_consumer(
     statistics = statistics_ptr + bh.to(gl.int64) * padded_q + rows
     lse = gl.load(statistics, mask=rows < end, other=float("inf"))
     delta = gl.load(statistics + queries.total.to(gl.int64) * padded_q, mask=rows < end, other=0.0)
+    # s, dp: [queries, keys]; dq: [queries, columns]
     zero = gl.zeros([BLOCK, BLOCK], gl.float32, layout=s_layout)
-    acc = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
+    dq = gl.zeros([BLOCK, BLOCK_D], gl.float32, layout=layout)
     q = memory.q.index(w).reshape([BLOCK, BLOCK_D])
     dout = memory.dout.index(w).reshape([BLOCK, BLOCK_DV])
     v = memory.v.reshape([BLOCK, BLOCK_DV])
@@ -305,21 +311,21 @@ def _dq_consumer(
         dp = warpgroup_mma_wait(0, deps=[dp])
         mbarrier.arrive(memory.v_empty, count=1)
         ds = gl.convert_layout((p * (dp - delta[:, None])).to(dtype), operand)
-        acc = warpgroup_mma(ds, memory.k.index(slot).reshape([BLOCK, BLOCK_D]), acc, is_async=True)
-        following = gl.minimum(c + 1, own - 1)  # the last block's scores are computed twice
+        dq = warpgroup_mma(ds, memory.k.index(slot).reshape([BLOCK, BLOCK_D]), dq, is_async=True)
+        following = gl.minimum(c + 1, own - 1)  # the last block's scores are computed twice and not used
         mbarrier.wait(memory.k_full.index(following & 1), (following >> 1) & 1)
         k = memory.k.index(following & 1).reshape([BLOCK, BLOCK_D])
         s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-        s, acc = warpgroup_mma_wait(0, deps=[s, acc])
+        s, dq = warpgroup_mma_wait(0, deps=[s, dq])
         mbarrier.arrive(memory.k_empty.index(slot), count=1)
-    for c in range(own, n):  # blocks that the other warpgroup's queries alone see
+    for c in range(own, n):  # blocks that only the other consumer's queries see
         slot = c & 1
         mbarrier.wait(memory.v_full, slot)
         mbarrier.arrive(memory.v_empty, count=1)
         mbarrier.wait(memory.k_full.index(slot), (c >> 1) & 1)
         mbarrier.arrive(memory.k_empty.index(slot), count=1)
     head = bh - b * queries.heads
-    dq.store(acc * softmax_scale, first + w * BLOCK, end, b, head, layout)
+    dq_rows.store(dq * softmax_scale, first + w * BLOCK, end, b, head, layout)
 
 
 @gluon.jit(do_not_specialize=[*_VARYING, "padded_q"])

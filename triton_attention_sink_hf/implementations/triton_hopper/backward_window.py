@@ -1,13 +1,15 @@
-"""Hopper's backward for short causal windows: one Gluon kernel, deterministic, every input read once, no workspace.
+"""Hopper backward in Gluon for short causal windows: one kernel. Deterministic, reads every input once, no workspace.
 
-A program takes a chunk of tokens of one key head and walks through them, ROWS rows (tokens times the group's heads) a
-step, then through the HALO tokens after it, which see its last keys too. A step sees three tiles of TILE keys. Three
-consumers own the tiles in turn: each makes transposed scores and dP of its tile, keeps the tile's dk and dv in
-registers for as long as it is seen, and leaves dS in shared memory. In every third step a consumer also makes dq of the
-step before, from dS of all three. The first warpgroup loads, and makes of ``out`` and lse what every row starts from.
+A program takes a chunk of tokens of one key head. It walks through the chunk, then through the halo: the tokens after
+it, which still see its last keys. A step has ROWS rows: tokens times the heads of the group. It sees three tiles of
+TILE keys. Three consumers own the tiles in turn. Each computes transposed scores and dP of its tile, keeps the tile's
+dk and dv in registers while rows see it, and leaves dS in shared memory. Every third step a consumer also computes dq
+of the step before, from dS of all three. The first warpgroup loads, and computes delta and lse in base 2 of every row.
 
-delta comes from the rounded ``out``, as in every fused backward; dsink from P dP in fp32. Registers are what there is
-least of: 64 a lane hold dk and dv, 64 scores and dP. Hence ``opaque`` and ``_own_place``.
+delta comes from the rounded ``out``, as in every fused backward; dsink from P dP in fp32. Registers are the limit: of a
+thread, 64 hold dk and dv, 64 scores and dP. ``opaque`` and ``_own_place`` save some.
+
+Over 400 lines: the walk of the four warpgroups is one pipeline, read together.
 """
 
 import triton.language as tl
@@ -34,7 +36,7 @@ from .vocabulary import Rows, new_barriers, opaque
 
 @gluon.jit
 def _own_place():
-    """(key head, number of the chunk, batch row) of this program, read anew rather than kept in registers."""
+    """(key head, number of the chunk, batch row) of this program. Re-read to save registers."""
     return gl.inline_asm_elementwise(
         "mov.u32 $0, %ctaid.x; mov.u32 $1, %ctaid.y; mov.u32 $2, %ctaid.z;", "=r,=r,=r", [],
         (gl.int32, gl.int32, gl.int32), False, 1,
@@ -70,7 +72,7 @@ class _Memory:
 
 @aggregate
 class _Walk:
-    """The way of a program through its chunk.
+    """How a program walks through its chunk.
 
     Attributes:
         ranges_ptr: ``Problem.ranges``, if PACKED. seqlen: rows. length: tokens of a chunk. left: of the window.
@@ -110,7 +112,7 @@ def _load_step(q_desc, dout_desc, out_desc, memory, t, b, token, head):
 
 @gluon.jit
 def _load_tile(k_desc, v_desc, memory, index, b, head_k, first, TILE: gl.constexpr):
-    """Tile ``index``, of which the first two lie before the chunk. Keys before the row's first read as 0."""
+    """Load tile ``index``. The first two lie before the chunk; keys before the first of the row read as 0."""
     slot = index % memory.SLOTS
     mbarrier.expect(memory.kv_full.index(slot), 2 * k_desc.block_type.nbytes)
     async_load(k_desc, [b, head_k, first + (index - 2) * TILE, 0], memory.kv_full.index(slot), memory.k.index(slot))
@@ -170,13 +172,13 @@ def _loader(q_desc, dout_desc, out_desc, k_desc, v_desc, lse_ptr, sink_ptr, memo
         if (done >= 0) & (done + STAGES < steps):
             mbarrier.wait(memory.empty.index(done % STAGES), (done // STAGES) & 1)
             _load_step(q_desc, dout_desc, out_desc, memory, done + STAGES, b, first + (done + STAGES) * TOKENS, head)
-            if done % walk.EPOCH == 0:  # all have left the oldest tile, and its last dq is made
+            if done % walk.EPOCH == 0:  # all consumers have left the oldest tile, and its last dq is done
                 _load_tile(k_desc, v_desc, memory, done // walk.EPOCH + 3, b, head_k, first, walk.TILE)
 
 
 @gluon.jit
 def _publish(due, t, memory):
-    """This consumer's dS of step t is in shared memory."""
+    """Signal that this consumer's dS of step t is in shared memory."""
     if due:
         fence_async_shared()
         thread_barrier()
@@ -185,7 +187,7 @@ def _publish(due, t, memory):
 
 @gluon.jit
 def _dq_in_turn(due, w: gl.constexpr, t, first, softmax_scale, memory, walk, dq_desc, layout: gl.constexpr):
-    """dq of step t from dS of its three tiles, if it is due and consumer w's turn."""
+    """dq of step t from dS of its three tiles, if it is due and it is consumer w's turn."""
     if due & (t % 3 == w):
         buffer = opaque(t & 1)
         oldest = t // walk.EPOCH
@@ -199,7 +201,7 @@ def _dq_in_turn(due, w: gl.constexpr, t, first, softmax_scale, memory, walk, dq_
         mbarrier.arrive(memory.ds_empty.index(buffer), count=1)
         tma.store_wait(0)
         thread_barrier()
-        tile = memory.dq.index(opaque(w))  # addressed as dS is, with the same registers
+        tile = memory.dq.index(opaque(w))  # opaque: the address then shares registers with dS's
         tile.reshape([walk.ROWS, memory.BLOCK_D]).store((dq * softmax_scale).to(tile.dtype))
         fence_async_shared()
         thread_barrier()
@@ -240,6 +242,7 @@ def _consumer(
     scale = softmax_scale * LOG2E
     first, end, own, steps = walk.own_chunk()
     column = gl.arange(0, ROWS, layout=row) // PACK
+    # s, dp: [keys, rows]; dk, dv: [keys, columns]
     zero = gl.zeros([TILE, ROWS], gl.float32, layout=s_layout)
     dsink = _sum_of_tokens(_sum_of_keys(zero), HEADS)
     tiles = (steps + EPOCH - 1) // EPOCH + 2
@@ -304,7 +307,7 @@ def _consumer(
             dv, dk = warpgroup_mma_wait(0, deps=[dv, dk])
             _dq_in_turn((t > 0) & (t <= own), w, t - 1, first, softmax_scale, memory, walk, dq_desc, layout)
             mbarrier.arrive(memory.empty.index(slot), count=1)
-        for t in range(working, stop):  # of keys whose gradients belong to the next chunk
+        for t in range(working, stop):  # keys whose gradients belong to the next chunk
             slot = t % STAGES
             mbarrier.wait(memory.full.index(slot), (t // STAGES) & 1)
             _publish(t == own, t - 1, memory)
@@ -441,7 +444,7 @@ def _plan(problem: Problem, out_strides, dout_strides, dq_strides, dk_strides, d
 
 
 def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, dq: Tensor, dk: Tensor | None) -> bool:
-    """Whether this kernel can serve a backward that the two kernels of ``triton_window`` serve, and is faster."""
+    """Whether this kernel can replace the two backward kernels of ``triton_window``, and is faster."""
     call = problem.call
     q, k, v = call.q, call.k, call.v
     batch, seqlen = q.shape[:2]
@@ -460,8 +463,8 @@ def supports(problem: Problem, out: Tensor, dout: Tensor, dlse: Tensor | None, d
     )
 
 
-def launch_backward(problem: Problem, out, lse, dout, dq, dk, dv, dsinks) -> None:
-    """Write dq, dk, dv, and dsinks unless None. Every element is written."""
+def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
+    """Write dq, dk, dv, and dsinks unless None; dlse is None. Every element is written."""
     call, ranges = problem.call, problem.ranges
     launch, parts = _plan(problem, *(x.stride() for x in (out, dout, dq, dk, dv)))
     dsink_parts = lse.new_empty(parts, problem.heads_q) if call.sinks is not None else None

@@ -1,10 +1,13 @@
-"""Hopper forward in Gluon: one warp loads, two or three warpgroups of 64 query rows each compute.
+"""Hopper forward in Gluon: one producer warp, two or three consumer warpgroups of 64 query rows each.
 
-The producer warp fills a ring with K and V through the copy engine. A consumer takes the softmax of one block of
-scores, then issues this block's P V and the next block's scores together: exponentials of one warpgroup overlap the
-products of the others, which (PINGPONG) have the tensor cores to themselves in turn, by named barriers. P stays in
-registers. Programs are persistent, and the next block may be the first of the next tile, so the pipeline never drains;
-heavy tiles come first, in sections of heads whose keys fit L2.
+The producer fills a ring with K and V by TMA. A consumer computes the softmax of one block of scores, then issues this
+block's P V and the next block's scores together. So its exponentials overlap the products of the other consumers. With
+PINGPONG the consumers take turns at the tensor cores, by named barriers. P stays in registers.
+
+Programs are persistent. The next block may be the first of the next tile, so the pipeline never drains. Heavy tiles
+come first, in sections of heads whose keys fit L2.
+
+Over 400 lines: producer, consumer and launch are one pipeline, read together.
 """
 
 from triton.experimental import gluon
@@ -52,7 +55,7 @@ class _Memory:
 
     @gluon.jit
     def queries(self, buffer):
-        """The operand for one loop or branch; each asks for its own (see ``opaque_zero``)."""
+        """q as an operand. Each loop or branch must ask for its own, see ``opaque_zero``."""
         return self.q.index(buffer + opaque_zero()).reshape([64, self.BLOCK_D])
 
     @gluon.jit
@@ -66,7 +69,7 @@ class _Memory:
 
 @gluon.jit
 def _load_pair(k_desc, v_desc, memory, c, b, head, n0, v_b, v_head, v_n0):
-    """Slot c of the ring: K of this block and V of the block before it, since one step uses both."""
+    """Fill slot c of the ring: K of this block and V of the block before, because one step uses both."""
     s = c % memory.STAGES
     has_v = c > 0
     mbarrier.wait(memory.empty.index(s), ((c // memory.STAGES) & 1) ^ 1)
@@ -79,9 +82,7 @@ def _load_pair(k_desc, v_desc, memory, c, b, head, n0, v_b, v_head, v_n0):
 
 
 @gluon.jit
-def _producer(
-    q_desc, k_desc, v_desc, memory, queries
-):  # fmt: skip
+def _producer(q_desc, k_desc, v_desc, memory, queries):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     CONSUMERS: gl.constexpr = memory.CONSUMERS
     STAGES: gl.constexpr = memory.STAGES
@@ -149,7 +150,7 @@ def _softmax(s, m, l, scale, lo, hi, n0, MASKED: gl.constexpr, HAS_LO: gl.conste
 
 @gluon.jit
 def _mask_left(s, lo, n0, edge):
-    """Scores of keys from n0 on, -inf before each row's ``lo``; blocks from ``edge`` on have no such keys."""
+    """Scores of keys from n0 on, -inf before each row's ``lo``. Blocks from ``edge`` on need no such mask."""
     if edge > 0:
         j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
         s = gl.where(j[None, :] >= lo[:, None], s, float("-inf"))
@@ -170,10 +171,10 @@ def _step(
     if memory.PINGPONG:
         _wait_for_turn(w)
     k = memory.keys(slot)
-    # P V first: then the rescaling and rounding that it needs cannot end up between the instructions of Q K
+    # P V first: else its rescaling and rounding can be scheduled between the instructions of Q K
     acc = warpgroup_mma(p, memory.values(slot), acc, use_acc=True, is_async=True)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if memory.PINGPONG:  # the next one's products queue up behind this one's last
+    if memory.PINGPONG:  # the next consumer's products queue behind this one's last
         s, acc = warpgroup_mma_wait(1, deps=[s, acc])
         _pass_turn_to((w + 1) % memory.CONSUMERS)
     s, acc = warpgroup_mma_wait(0, deps=[s, acc])
@@ -183,7 +184,7 @@ def _step(
 
 @gluon.jit
 def _skip(c, memory, w: gl.constexpr):
-    """Give slot c back unused, but not before it is filled: until then the others may still hold what was in it."""
+    """Release slot c unused, once it is filled: until then the other consumers may still read its old content."""
     slot = c % memory.STAGES
     mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
     if memory.PINGPONG:
@@ -194,7 +195,7 @@ def _skip(c, memory, w: gl.constexpr):
 
 @gluon.jit
 def _scores(c, buffer, memory, zero, w: gl.constexpr):
-    """Scores of the block whose K slot c holds; its V is of a block that these rows do not see."""
+    """Scores of the block whose K is in slot c. The V there is of a block that these rows do not see."""
     slot = c % memory.STAGES
     mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
     if memory.PINGPONG:
@@ -210,13 +211,6 @@ def _scores(c, buffer, memory, zero, w: gl.constexpr):
 
 
 @gluon.jit
-def _coming_item(r, queries, count, items):
-    """The item of round r from the table; past the last round, one that exists."""
-    coming = gl.minimum(item_of_round(r, items), items - 1)
-    return queries.item(gl.maximum(coming, 0), count)
-
-
-@gluon.jit
 def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK: gl.constexpr):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     BLOCK_DV: gl.constexpr = memory.BLOCK_DV
@@ -224,18 +218,19 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
     Q_BUFFERS: gl.constexpr = memory.Q_BUFFERS
     HAS_LEFT: gl.constexpr = queries.HAS_BEFORE
     PACKED: gl.constexpr = queries.PACKED
-    SKIPS: gl.constexpr = BLOCK_DV <= 128  # beyond, it takes registers that are not there
-    SHARED: gl.constexpr = PACKED and not HAS_LEFT  # by short segments, whose rows do not see all from the left on
+    SKIPS: gl.constexpr = BLOCK_DV <= 128  # above 128 there are no registers left for skipping
+    SHARED: gl.constexpr = PACKED and not HAS_LEFT  # short segments share a tile: rows may not see its first keys
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
     row_layout: gl.constexpr = gl.SliceLayout(1, s_layout)
     acc_row_layout: gl.constexpr = gl.SliceLayout(1, acc_layout)
     dtype: gl.constexpr = memory.q.dtype
     scale = softmax_scale * LOG2E
+    # s: [queries, keys]; acc: [queries, columns of V]; m, l: [queries]
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
     count = queries.count()
     items = count * queries.total
-    if memory.PINGPONG and w == CONSUMERS - 1:  # the turn starts with warpgroup 0 and goes round once a block
+    if memory.PINGPONG and w == CONSUMERS - 1:  # consumer 0 starts; each block takes one round of turns
         _pass_turn_to(0)
     some = gl.program_id(0) < items
     mbarrier.wait(memory.q_full.index(w), 0, pred=some)
@@ -245,13 +240,14 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(memory.empty.index(0), count=1)
-    c = 1  # slots of the ring that were used
+    c = 1  # slots of the ring used so far
     i = 0  # tiles done
     next_first = 0
     next_end = 0
     next_bh = 0
     if PACKED:
-        next_first, next_end, next_bh = _coming_item(0, queries, count, items)
+        coming = gl.minimum(item_of_round(0, items), items - 1)
+        next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
         if not PACKED:
             next_first, next_end, next_bh = queries.item(item_of_round(i, items), count)
@@ -261,8 +257,9 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         b = bh // queries.heads
         head = bh - b * queries.heads
         start, n = queries.block_range(first, end, BLOCK_N, 1)
-        if PACKED:  # the table's entry of the next tile: its latency is hidden behind this one
-            next_first, next_end, next_bh = _coming_item(i + 1, queries, count, items)
+        if PACKED:  # read the next tile's table entry now, to hide its latency; past the last, any entry
+            coming = gl.minimum(item_of_round(i + 1, items), items - 1)
+            next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
         token = first + w * 64
         own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
         own = gl.maximum(own, 1) if SKIPS else n
@@ -273,17 +270,17 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
         n0 = start + (own - 1) * BLOCK_N
         buffer = i % Q_BUFFERS * CONSUMERS + w
-        # s holds the scores of block n - 1. Where these rows see nothing of it, nor of those below it, until block own
+        # s holds the scores of block n - 1. If these rows do not see blocks own to n - 1, skip to block own - 1.
         if SKIPS and own < n:
             for _ in range(own, n - 1):
                 _skip(c, memory, w)
                 c += 1
             s = _scores(c, buffer, memory, zero, w)
             c += 1
-        # blocks own - 1 to 1, descending; block 0 follows below
+        # blocks own - 1 to 1, descending: right edge, unmasked, left edge; block 0 follows below
         right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
         middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
-        if SHARED:  # all of its few blocks are masked
+        if SHARED:  # mask all of its few blocks
             right_edge = gl.where(edge > 0, own - 1, right_edge)
             middle = gl.where(edge > 0, own - 1, middle)
         q = memory.queries(buffer)
@@ -305,7 +302,7 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
                 c += 1
                 n0 -= BLOCK_N
         mbarrier.arrive(memory.q_empty.index(buffer), count=1)
-        # The last block's P V goes out with the first scores of the next tile; after the last tile these are waste.
+        # The last block's P V is issued with the next tile's first scores. After the last tile those are not used.
         i += 1  # noqa: SIM113
         following = i % Q_BUFFERS * CONSUMERS + w
         mbarrier.wait(memory.q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
@@ -315,8 +312,8 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, False)
         c += 1
 
-        # The sink joins last, in natural units, so that a row that it dominates has lse = sink exactly. So has a row
-        # that has seen no key, where it may be below what NOTHING stands for.
+        # The sink joins last, in natural units, so that lse = sink exactly where the sink dominates, and where a row
+        # has seen no key: there the sink may be below NOTHING.
         seen = l > 0.0
         top = gl.where(seen, m * LN2, LOWEST)
         if HAS_SINK:
@@ -332,7 +329,7 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), acc_row_layout)
         gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
-        if BLOCK_DV <= 64:  # wide stores; larger heads leave no shared memory for the exchange
+        if BLOCK_DV <= 64:  # wide stores; larger heads leave no shared memory to convert the layout
             store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
             out = gl.convert_layout(out, store_layout)
         else:

@@ -1,4 +1,4 @@
-"""What is called otherwise in triton 3.6 than in later releases."""
+"""Names that differ between triton 3.6 and later releases. Delete each branch with the last release that needs it."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -17,7 +17,7 @@ else:
 
     @builtin
     def async_atomic_add(tensor_desc, coord, src, _semantic=None):
-        """Add a tile in shared memory to memory: Gluon 3.6 binds the reduction without exporting it."""
+        """Add a tile in shared memory to global memory. Gluon 3.6 has the binding but does not export it."""
         coord = _semantic._convert_to_ir_values(coord, require_i64=False)
         _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
 
@@ -30,12 +30,12 @@ else:
     from triton.language.core import _aggregate
 
     def aggregate(cls):
-        """Fields by keyword only: 3.6 does not hash their order into the key of a compiled kernel."""
+        """Triton's aggregate, built by keyword only: 3.6 does not hash the order of fields into a cache key."""
 
         def init(self, **fields):
             for name, value in fields.items():
                 setattr(self, name, value)
 
-        init.__triton_builtin__ = True  # else 3.6 takes it for a function to compile
+        init.__triton_builtin__ = True  # else 3.6 tries to hash it as a JIT function
         cls.__init__ = init
         return _aggregate(cls)

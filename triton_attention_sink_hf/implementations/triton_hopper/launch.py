@@ -1,4 +1,4 @@
-"""What both directions share on the host: descriptors, arguments, sections of heads."""
+"""What the launchers share: tensor maps, kernel arguments, sections of heads."""
 
 from __future__ import annotations
 
@@ -20,12 +20,12 @@ def _shared_layout(block: tuple[int, ...], dtype: torch.dtype) -> gl.NVMMAShared
 
 
 def padded(d: int) -> int:
-    """Columns of a tile for head dimension d: the copy engine fills up with zeros."""
+    """Columns of a tile for head dimension d. TMA fills the rest with zeros."""
     return max(next_power_of_2(d), 64)
 
 
 def copy_blocks(shape: list[int], strides: list[int], block: list[int], layout: gl.NVMMASharedLayout) -> Blocks:
-    """Blocks that the copy engine moves; what lies outside the tensor reads as 0 and is not written."""
+    """Blocks that TMA copies. Outside the tensor they read as 0 and are not written."""
     fields = {"shape": shape, "strides": strides, "block_shape": block, "layout": layout, "padding": "zero"}
     return Blocks(TensorDescriptor, fields)
 
@@ -35,7 +35,7 @@ def row_blocks(
 ) -> Blocks:
     """Blocks of (1, 1, rows, columns) of a BSHD tensor seen as BHSD.
 
-    The copy engine must be able to address it: strides and address in multiples of 16 bytes, the last stride 1.
+    TMA must be able to address it: strides and address are multiples of 16 bytes, the last stride is 1.
     """
     b, t, h, d = shape
     stride_b, stride_t, stride_h, stride_d = stride
@@ -47,13 +47,13 @@ def row_blocks(
 def token_blocks(
     shape: tuple[int, ...], stride: tuple[int, ...], dtype: torch.dtype, tokens: int, heads: int
 ) -> Blocks:
-    """Blocks of (1, tokens, heads, padded D) of a BSHD tensor, which the copy engine must be able to address."""
+    """Blocks of (1, tokens, heads, padded D) of a BSHD tensor that TMA can address."""
     block = (1, tokens, heads, padded(shape[-1]))
     return copy_blocks(list(shape), list(stride), list(block), _shared_layout(block, dtype))
 
 
 def call_constants(problem: Problem) -> dict:
-    """Arguments that both directions take and that the call determines."""
+    """Arguments that the call determines, the same for forward and backward."""
     call, mask = problem.call, problem.call.mask
     return {
         "softmax_scale": call.softmax_scale,
@@ -73,9 +73,9 @@ def call_constants(problem: Problem) -> dict:
 
 
 def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
-    """How many of B * ``heads`` to work on side by side, so that L2 serves what they share.
+    """How many of the B * ``heads`` heads to work on side by side, so that their keys stay in L2.
 
-    A divisor of them all, and a power of two times a group, of which the key heads have at most ``keys`` keys in all.
+    A divisor of B * heads: a power of two groups, whose key heads hold at most ``keys`` keys together.
     """
     total, group = problem.batch * heads, heads // problem.heads_k
     section = group

@@ -19,7 +19,7 @@ def _tile_table_kernel(
 ):  # fmt: skip
     """table (1 + 2 slots): how many tiles there are, then their first rows, then the ends of their rows.
 
-    Most work first: each program ranks BLOCK tiles by counting those before them, OTHERS at a time.
+    Heaviest first: each program ranks BLOCK tiles by counting the heavier ones, OTHERS at a time.
     """
     mine = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
     first, end, work = _slot_tile(mine, ranges_ptr, n_rows, TILE)
@@ -71,14 +71,14 @@ def _slot_tile(slot, ranges_ptr, n_rows, TILE: tl.constexpr):
 
 
 def table_slots(rows: int, tile: int) -> int:
-    """Upper bound of the tiles of packed rows, however many segments there are."""
+    """Upper bound of the tiles of packed rows, for any number of segments."""
     return 3 * ceil_div(rows, tile)
 
 
 def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
-    """Tiles of packed rows, most visible scores first, without a host synchronisation.
+    """The tiles of packed rows, heaviest (most visible scores) first, without a host synchronisation.
 
-    Segments of ``tile`` rows and more have their own tiles, from their first row on; shorter ones share a tile.
+    Segments of ``tile`` rows or more have tiles of their own, from their first row on. Shorter ones share tiles.
 
     Args:
         ranges: ``Problem.ranges`` of the side that has the rows.

@@ -1,4 +1,4 @@
-"""What the Gluon kernels share: tiles and what their rows see, masks, stores, opaque values."""
+"""What the Gluon kernels share: tiles and what their rows see, loads and stores, barriers, opaque values."""
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -62,7 +62,7 @@ class Tiles:
         j = r // self.section
         head = s * self.section + r - j * self.section
         if self.PACKED:
-            real = j < count  # always; the choice spares the fused backward spills at D 128 (triton 3.6)
+            real = j < count  # always true; the select avoids spills in the fused backward at D 128 (triton 3.6)
             first = gl.where(real, gl.load(self.table_ptr + 1 + j), self.rows)
             end = gl.where(real, gl.load(self.table_ptr + 1 + self.slots + j), self.rows)
         else:
@@ -211,15 +211,15 @@ class Rows:
 
 @gluon.jit
 def opaque(x):
-    """x, from which the compilers compute no addresses ahead: they would keep a dozen of them in registers."""
+    """x, hidden from the compilers. Else they compute a dozen addresses from it ahead and keep them in registers."""
     return gl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], gl.int32, False, 1)
 
 
 @gluon.jit
 def opaque_zero():
-    """0, unknown to the compilers: added to the index of an operand in shared memory, anew in every loop or branch.
+    """An opaque 0. Adding it to an operand's index forces a fresh wgmma descriptor in each loop or branch.
 
-    Triton 3.6's ptxas else computes what it needs to address the operand in the first of them alone, and uses it in the
-    next one too, also where the first was skipped. ``tests/sass.py`` finds such kernels.
+    Triton 3.6's ptxas otherwise reuses a descriptor from a loop that may have been skipped. ``tests/sass.py`` finds
+    such kernels.
     """
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)

@@ -1,4 +1,4 @@
-"""Triton kernels for short causal windows (gpt-oss: 128), dense or packed: what they read and write is the floor."""
+"""Triton kernels for short causal windows (gpt-oss: 128), dense or packed. They are memory-bound."""
 
 from __future__ import annotations
 
@@ -61,16 +61,16 @@ def run_backward(
     if out.numel() and call.k.numel():
         problem, hopper = Problem(call), _hopper_backward()
         if hopper is not None and hopper.supports(problem, out, dout, dlse, dq, dk):
-            hopper.launch_backward(problem, out, lse, dout, dq, dk, dv, dsinks)
+            hopper.launch_backward(problem, out, lse, dout, dlse, dq, dk, dv, dsinks)
         else:
-            launch_backward(problem, lse, dout, dlse, dq, dk, dv, dsinks)
+            launch_backward(problem, out, lse, dout, dlse, dq, dk, dv, dsinks)
     else:
         portable.run_backward(call, out, lse, dout, dlse, dq, dk, dv, dsinks)
 
 
 @functools.cache
 def _hopper_backward() -> ModuleType | None:
-    """The backward in one Gluon kernel; None where the installed Triton's Gluon is not known."""
+    """The backward in one Gluon kernel; None if the installed Triton's Gluon is not supported."""
     try:
         from ..triton_hopper import backward_window
     except ImportError:

@@ -1,9 +1,9 @@
-"""Backward for short causal windows in two kernels, deterministic, without reading ``out``.
+"""Backward for short causal windows: two kernels, deterministic, without reading ``out``.
 
-dq: the whole row of P and dP is in registers, so delta = rowsum(P dP) is taken there in fp32. It is left for the second
-kernel in the order (batch, token, head), which is the order in which that one reads it.
-dk, dv: one program per tile of keys. -lse / scale (-inf where hidden) and -delta are what the products start from, so
-that neither the mask nor the subtraction costs anything after them.
+dq: whole rows of P and dP are in registers, so delta = rowsum(P dP) is computed there in fp32. It is stored as (batch,
+token, head), the order in which the second kernel reads it.
+dk, dv: one program per tile of keys. The products accumulate onto -lse / scale (-inf where masked) and -delta, so that
+neither the mask nor the subtraction costs anything after them.
 """
 
 import triton
@@ -138,7 +138,7 @@ def _window_bwd_dkv_kernel(
     diagonal_end, end = key_interval(
         key + KEYS - 1, b, ranges_ptr, None, seqlen_q, seqlen_k, left, right, True, True, PACKED, HAS_SEQUSED=False
     )
-    # Steps are aligned, and each program starts where (number of the step) mod steps is 0: neighbours, whose ranges
+    # Steps are aligned, and each program starts at the step whose number is 0 mod steps. Neighbours, whose ranges
     # overlap, then read the same queries at about the same time.
     first_step = start // TOKENS
     steps = tl.maximum(tl.cdiv(end, TOKENS) - first_step, 0)
@@ -230,7 +230,7 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> Launch:
     call, config = problem.call, dkv_config(problem)
     arguments = window_arguments(problem)
     del arguments["HAS_SINK"]
-    # A step then meets either the diagonal or the window's far edge, so one comparison decides.
+    # A step then touches either the diagonal or the window's far edge, so one comparison is enough.
     one_sided = not call.mask.packed and call.mask.left >= config.keys + config.tokens
     return Launch(
         _window_bwd_dkv_kernel,
@@ -252,8 +252,8 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides) -> Launch:
     )
 
 
-def launch_backward(problem: Problem, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
-    """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
+def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
+    """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written; out is not read."""
     call, ranges = problem.call, problem.ranges
     tma = use_tma(problem, call.q, dout, dq)
     dlse_strides = None if dlse is None else dlse.stride()

@@ -1,9 +1,11 @@
-"""Forward for short causal windows: a tile's whole key range is in registers at once.
+"""Forward for short causal windows: a tile's scores are all in registers at once.
 
-Rows are tokens times the packed heads of one key head, so one window of keys serves the group. A tile of TOKENS
-queries sees the BAND keys before it and its own TOKENS keys: no online softmax, no rescaling. Programs are persistent
-and fetch their next queries into L2 while they compute.
+Rows are tokens times the packed heads of one key head, so the group shares one window of keys. A tile of TOKENS
+queries sees the BAND keys before it and its own TOKENS keys. So there is no online softmax and no rescaling. Programs
+are persistent and prefetch their next queries into L2 while they compute.
 """
+
+from typing import NamedTuple
 
 import triton
 import triton.language as tl
@@ -78,7 +80,7 @@ def store_queries(
 
 @triton.jit
 def prefetch(ptr, offsets):
-    """Ask L2 for the lines at ``offsets`` (elements); nothing is returned."""
+    """Prefetch the lines at ``offsets`` (in elements) into L2."""
     addresses = (ptr + offsets).to(tl.int64)
     tl.inline_asm_elementwise(
         "prefetch.global.L2 [$1]; mov.u32 $0, 0;", "=r,l", [addresses], dtype=tl.int32, is_pure=False, pack=1
@@ -87,7 +89,7 @@ def prefetch(ptr, offsets):
 
 @triton.jit
 def log2(x, NVIDIA: tl.constexpr):
-    """On NVIDIA one instruction, right to 2^-22 of the result (of 1 for x between 1/2 and 2)."""
+    """On NVIDIA one instruction. Relative error 2^-22; absolute for x between 1/2 and 2."""
     if NVIDIA:
         return tl.inline_asm_elementwise(
             "lg2.approx.ftz.f32 $0, $1;", "=f,f", [x], dtype=tl.float32, is_pure=True, pack=1
@@ -96,22 +98,37 @@ def log2(x, NVIDIA: tl.constexpr):
         return tl.log2(x)
 
 
+class _Options(NamedTuple):
+    """What is fixed when the kernel is compiled, for ``finish``."""
+
+    stride_ot: int
+    stride_od: int
+    HAS_SINK: bool
+    HEADS_Q: int
+    DV: int
+    BLOCK_DV: int
+    PART: int
+    PACK: int
+    EVEN: bool
+    NVIDIA: bool
+
+
 @triton.jit
 def finish(
-    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
-    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-    HAS_SINK: tl.constexpr, HEADS_Q: tl.constexpr, DV: tl.constexpr, BLOCK_DV: tl.constexpr, PART: tl.constexpr,
-    PACK: tl.constexpr, EVEN: tl.constexpr, NVIDIA: tl.constexpr,
+    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q, stride_ob, stride_oh,
+    OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Store out and lse of PART tokens from ``first``. ``top``: the largest score of a row, ``l``: its sum of P.
 
-    The sink joins last, in natural units: the largest P is 1 and not rounded, and a row that the sink dominates has
-    lse = sink exactly.
+    The sink joins last, in natural units, so that the largest P is exactly 1, and lse = sink exactly where the sink
+    dominates.
     """
+    PART: tl.constexpr = OPTIONS.PART
+    PACK: tl.constexpr = OPTIONS.PACK
     rows = tl.arange(0, PART * PACK)
     out = matmul(p_band, v_band)
     out = matmul(p_own, v_own, out)
-    if HAS_SINK:
+    if OPTIONS.HAS_SINK:
         keys = top
         top = tl.maximum(top, sink)
         top = tl.where(top == float("-inf"), 0.0, top)
@@ -120,21 +137,22 @@ def finish(
     else:
         keys = 1.0
     empty = l == 0.0
-    log2_l = log2(tl.where(empty, 1.0, l), NVIDIA)
-    out = out * (keys * tl.exp2(-log2_l))[:, None]  # l is 1 to some hundreds: right to 1e-6, and less than a division
+    log2_l = log2(tl.where(empty, 1.0, l), OPTIONS.NVIDIA)
+    # l is 1 to a few hundred: exp2 is accurate to 1e-6, and cheaper than a division
+    out = out * (keys * tl.exp2(-log2_l))[:, None]
     lse = tl.where(empty, float("-inf"), top + log2_l * LN2)
     store_queries(
-        out_ptr, out, b, first, head, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-        DV, BLOCK_DV, PART, PACK, TMA=False, EVEN=EVEN,
+        out_ptr, out, b, first, head, seqlen_q, stride_ob, OPTIONS.stride_ot, stride_oh, OPTIONS.stride_od,
+        OPTIONS.DV, OPTIONS.BLOCK_DV, PART, PACK, TMA=False, EVEN=OPTIONS.EVEN,
     )  # fmt: skip
     i = first + rows // PACK
     heads = head + rows % PACK
-    tl.store(lse_ptr + (b * HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
+    tl.store(lse_ptr + (b * OPTIONS.HEADS_Q + heads).to(tl.int64) * seqlen_q + i, lse, mask=i < seqlen_q)
 
 
 @triton.jit
 def keep_branch(x):
-    """An instruction that may not run where the branch around it is not taken: it keeps a branch from being selects."""
+    """Keep the branch around this call: its side effect stops the compiler from turning the branch into selects."""
     tl.inline_asm_elementwise("mov.b32 $0, $1;", "=r,r", [x], dtype=tl.int32, is_pure=False, pack=1)
 
 
@@ -153,6 +171,10 @@ def _window_fwd_kernel(
     PART: tl.constexpr = TOKENS // PARTS
     ROWS: tl.constexpr = PART * PACK
     CHUNKS: tl.constexpr = HEADS_Q // PACK
+    OPTIONS: tl.constexpr = _Options(
+        stride_ot=stride_ot, stride_od=stride_od, HAS_SINK=HAS_SINK, HEADS_Q=HEADS_Q, DV=DV, BLOCK_DV=BLOCK_DV,
+        PART=PART, PACK=PACK, EVEN=EVEN, NVIDIA=NVIDIA,
+    )  # fmt: skip
     scale = softmax_scale * LOG2E
     tiles = tl.cdiv(seqlen_q, TOKENS)
     shift = 0  # packed rows attend to themselves
@@ -168,12 +190,12 @@ def _window_fwd_kernel(
         head_k = head // (HEADS_Q // HEADS_K)
         token = tile * TOKENS
         if NVIDIA:
-            # one division with the next tile's loads; programs without a next tile ask for the last one's lines
+            # shares a division with the next tile's loads; without a next tile, prefetch the last one's lines
             next_b, next_tile, next_chunk = place(number + step, tiles, CHUNKS)
             next_tile = tl.where(next_b < batch, next_tile, tiles - 1)
             next_b = tl.minimum(next_b, batch - 1)
             next_rows = tl.arange(0, TOKENS * PACK)
-            next_token = tl.minimum(next_tile * TOKENS, seqlen_q - TOKENS)  # near the end: a few lines twice
+            next_token = tl.minimum(next_tile * TOKENS, seqlen_q - TOKENS)  # near the end, a few lines twice
             next_base = prefetch_ptr + next_b.to(tl.int64) * stride_qb + (next_chunk * PACK).to(tl.int64) * stride_qh
             prefetch(
                 next_base + tl.maximum(next_token, 0).to(tl.int64) * stride_qt,
@@ -217,7 +239,7 @@ def _window_fwd_kernel(
                     if NVIDIA:
                         keep_branch(key)
                     s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
-                # in all other tiles what is past the first BEGINS columns is known to be seen at compile time
+                # in all other tiles, columns past the first BEGINS are known at compile time to be seen
                 begin = tl.minimum(begin, BEGINS)
             s_band = tl.where(n_band[None, :] >= begin[:, None], s_band, float("-inf"))
             own = n_own[None, :] < hi[:, None]
@@ -231,18 +253,16 @@ def _window_fwd_kernel(
             l = tl.sum(p_band, 1) + tl.sum(p_own, 1)
             p_band, p_own = p_band.to(v_band.dtype), p_own.to(v_own.dtype)
             if LATE and part == PARTS - 1:
-                # Triton puts a branch that gives no values behind the loads of the next tile: they run meanwhile
+                # Triton moves a branch without results after the next tile's loads, which then overlap with it
                 if first < seqlen_q:
                     finish(
-                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
-                        b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                        HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, NVIDIA,
+                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
+                        stride_ob, stride_oh, OPTIONS,
                     )  # fmt: skip
             else:
                 finish(
-                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr,
-                    b, head, first, seqlen_q, stride_ob, stride_ot, stride_oh, stride_od,
-                    HAS_SINK, HEADS_Q, DV, BLOCK_DV, PART, PACK, EVEN, NVIDIA,
+                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
+                    stride_ob, stride_oh, OPTIONS,
                 )  # fmt: skip
 
 
@@ -293,7 +313,7 @@ def launch_forward(problem: Problem, out, lse) -> None:
 
 
 def window_arguments(problem: Problem) -> dict:
-    """What every kernel of this backend takes beside its tensors. Head counts are constants: a model has one pair."""
+    """Arguments of every kernel of this backend but its tensors. Head counts are constexpr: a model has one pair."""
     sizes = problem.sizes()
     heads = {"HEADS_Q": sizes.pop("heads_q"), "HEADS_K": sizes.pop("heads_k")}
     return {**sizes, **heads}
@@ -307,5 +327,5 @@ def starts_among_own(problem: Problem, tokens: int) -> bool:
 
 
 def begins(problem: Problem, tokens: int) -> int:
-    """Keys of the band among which the rows of a tile begin, wherever no segment and no sequence starts near it."""
+    """Columns of the band in which a tile's rows begin, if no segment and no sequence starts nearby."""
     return tokens - 1 + band_size(problem) - problem.call.mask.left
