@@ -63,4 +63,6 @@ $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@$(PIP_INSTALL) $(TORCH) -e ".[hf,verl,test]" > $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
 	@# apart from the rest: where TRL 1.16 can be imported, verl 0.9.1's actor imports a class that it no longer has
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/trl trl >> $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
+	@# apart, too: transformers behaves otherwise where kernels can be imported
+	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/kernels kernels kernels-data tomlkit >> $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
 	@touch $@

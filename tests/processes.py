@@ -12,9 +12,10 @@ INTERPRETED_AS_HERE = {"TRITON_INTERPRET": os.environ.get("TRITON_INTERPRET", "0
 
 
 def environment(*path: Path | str, **variables: str) -> dict[str, str]:
-    """This process's environment without Triton's interpreter: one thread, no Hub, PYTHONPATH = ``path``."""
+    """This process's environment without Triton's interpreter, Hub and autoload; one thread, PYTHONPATH = ``path``."""
     kept = {name: value for name, value in os.environ.items() if name not in ("TRITON_INTERPRET", "PYTHONPATH")}
-    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}
+    # AUTOLOAD: else torch imports the package first, if it is installed
+    own = {"OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1", "TRITON_ATTENTION_SINK_AUTOLOAD": "0"}
     if path:
         own["PYTHONPATH"] = os.pathsep.join(map(str, path))
     return kept | own | variables

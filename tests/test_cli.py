@@ -1,5 +1,6 @@
 """The command line and the newcomer's five checks: what they print, and that they fail when something is broken."""
 
+import importlib.metadata
 import importlib.util
 import json
 import os
@@ -175,6 +176,109 @@ def test_doctor_looks_for_the_cross_entropy_as_verl_does(tmp_path, files, expect
     assert done.stdout.strip() == str(expected), done.stderr
 
 
+@pytest.mark.parametrize(
+    ("string", "works", "reason"),
+    [
+        ("triton_attention_sink", True, "this package's attention"),
+        (f"{ROOT / 'triton_attention_sink_hf'}/", True, "this package's attention"),
+        ("sdpa", True, "transformers' own"),
+        ("triton-attention-sink", False, "pip's name"),
+        ("triton_attention_sink_hf", False, "the Python package, for import"),
+        ("triton_atention_sink", False, "mistyped"),
+        ("Triton Attention Sink", False, "mistyped"),
+        ("'triton_attention_sink'", False, "mistyped"),
+        ("./triton_attention_sink_hf", False, "must be an absolute path"),
+        ("~/triton_attention_sink_hf", False, "must be an absolute path"),
+        ("/opt/flash/triton_attention_sink_hf", False, "must not contain 'flash'"),
+        ("/opt/triton_attention_sink_hf", False, "no folder, and not the folder of this package"),
+        (f"{ROOT}", False, "not the folder of this package"),
+        ("paged|triton_attention_sink", False, "splits it at '|'"),
+        ("sdpaa", False, "is it 'sdpa'"),
+        ("nothing", False, "no such name is registered"),
+        ("org/name", None, "a kernel on the Hub"),
+    ],
+)
+def test_doctor_says_whether_a_string_works_and_why(string, works, reason):
+    result = invoke("doctor", "--attn", string, "--json")
+    found = json.loads(result.stdout)
+    assert reason in found["reason"] and found["attn_implementation"] == string
+    if works is not None:
+        assert found["works"] is works and result.exit_code == (not works)
+    assert found["ours"] is (works is True and string != "sdpa")
+    text = invoke("doctor", "--attn", string).stdout
+    assert ("does not work: " in text) is not found["works"] and found["reason"] in text
+    assert "triton_attention_sink" in text  # what to write, at least
+
+
+def test_what_doctor_says_of_a_string_is_what_transformers_does():
+    """Each of those that it says do not work raises in transformers; none of the others does."""
+    for string in (
+        "triton_attention_sink",
+        "eager",
+        "triton-attention-sink",
+        "triton_attention_sink_hf",
+        "/opt/x",
+        "x",
+    ):
+        assert (doctor_command._tried(string) is None) is json.loads(
+            invoke("doctor", "--attn", string, "--json").stdout
+        )["works"], string
+
+
+@pytest.mark.parametrize(
+    ("environment", "reason"),
+    [
+        ({}, None),
+        ({"TRITON_ATTENTION_SINK_AUTOLOAD": "0"}, "TRITON_ATTENTION_SINK_AUTOLOAD=0"),
+        ({"TORCH_DEVICE_BACKEND_AUTOLOAD": "0"}, "TORCH_DEVICE_BACKEND_AUTOLOAD=0"),
+    ],
+)
+def test_doctor_says_how_the_name_becomes_known(monkeypatch, environment, reason):
+    for name in ("TRITON_ATTENTION_SINK_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"):
+        monkeypatch.delenv(name, raising=False)
+    entry = importlib.metadata.EntryPoint("triton_attention_sink", "triton_attention_sink_autoload:autoload", "x")
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [entry] if group == "torch.backends" else [])
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value)
+    said = doctor_command.registration()
+    assert said.startswith("registered by itself") if reason is None else f"not registered by itself ({reason})" in said
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda group: [])
+    assert "not installed with pip" in doctor_command.registration()
+
+
+def test_the_checks_say_which_triton_and_numpy_they_need(monkeypatch):
+    import numpy
+
+    monkeypatch.setitem(sys.modules, "triton.knobs", None)
+    monkeypatch.delattr("triton.knobs")
+    with pytest.raises(ImportError, match=r"triton must be installed, 3.4 or newer, got \d"):
+        checks.kernel_device()
+    monkeypatch.setattr(numpy, "__version__", "2.4.1")
+    with pytest.raises(
+        RuntimeError, match=r"numpy must be older than 2.4 for the interpreter of triton 3.6.0, got 2.4.1"
+    ):
+        checks._check_interpreter("3.6.0")
+    checks._check_interpreter("3.7.0")
+    monkeypatch.setattr(numpy, "__version__", "2.3.5")
+    checks._check_interpreter("3.6.0")
+
+
+# the command itself
+
+
+def test_version_and_help_and_completion():
+    from triton_attention_sink_hf import __version__
+
+    assert invoke("--version").stdout == f"triton-attention-sink {__version__}\n"
+    text = invoke("--help").stdout
+    assert "--install-completion" in text and "doctor" in text
+
+
+def test_bench_lists_what_it_knows():
+    lines = invoke("bench", "--list").stdout.splitlines()
+    assert "  full-2k" in lines and "implementations" in lines
+
+
 # demo
 
 
@@ -253,6 +357,31 @@ def test_export_stands_alone_and_beside_the_package(tmp_path):
     assert metadata["python-depends"] == []
     environment = checks.interpreter_environment() or INTERPRETED_AS_HERE
     python("-c", STANDALONE + BESIDE_THE_PACKAGE, build, ROOT, path=(), **environment)
+
+
+HUB_ROUTE = """
+import sys
+from triton_attention_sink_hf.checks import _logits_and_gradients, _relative
+eager = _logits_and_gradients("eager", "cpu")
+ours = _logits_and_gradients("kernels-community/triton-attention-sink", "cpu")
+assert max(_relative(ours[name], expected) for name, expected in eager.items()) < 1e-5
+assert any(name.startswith("_triton_attention_sink") for name in sys.modules), "the exported kernel served"
+print("as eager")
+"""
+
+
+def test_the_hub_route_of_one_pair_gives_eager_gradients(tmp_path):
+    """transformers and kernels of constraints.txt, which is one of the pairs that export names."""
+    from transformers import __version__ as transformers
+
+    apart = Path(sys.prefix) / "kernels"
+    if not apart.is_dir() or transformers not in dict(export_command.PAIRS):
+        pytest.skip("needs transformers and kernels of constraints.txt (make test installs them)")
+    kernels = dict(export_command.PAIRS)[transformers]
+    assert (apart / f"kernels-{kernels}.dist-info").is_dir()
+    assert f"kernels=={kernels}" in invoke("export", str(tmp_path / "kernel")).stdout
+    folder = f"kernels-community/triton-attention-sink={tmp_path / 'kernel'}"
+    assert python("-c", HUB_ROUTE, path=(ROOT, apart), LOCAL_KERNELS=folder).stdout.strip() == "as eager"
 
 
 def refused(folder: Path) -> str:
@@ -462,7 +591,7 @@ def test_a_process_imports_what_this_one_does(tmp_path, environment, monkeypatch
 def test_nothing_starts_python_by_a_module_name():
     """``python -m`` and ``-c`` look into the current folder first; module_command does not."""
     for file in (ROOT / "triton_attention_sink_hf").rglob("*.py"):
-        if file.name != "processes.py":
+        if file.name not in ("processes.py", "__main__.py"):  # the launcher is started so itself
             text = file.read_text()
             assert '"-m"' not in text and "sys.executable" not in text, file
 

@@ -17,6 +17,8 @@ ABOVE_OPS = (
 # The package from the bottom up: a file imports only from what stands above its own line here. ``__init__`` is the
 # package as its users import it.
 LAYERS = (
+    "after_import",
+    "tracing",
     "masks",
     "call",
     "reference",
@@ -28,7 +30,10 @@ LAYERS = (
     "integrations",
     "flash_attention_triton_sink",
     "registration",
+    "naming",
     "__init__",
+    "__main__",
+    "launch",
     "processes",
     "checks",
     "verify",
@@ -184,12 +189,35 @@ assert not torch.cuda.is_initialized()
 """)
 
 
-def test_importing_the_package_imports_no_trainer_and_no_command_line():
+SLOW = ("torch._dynamo", "triton", "transformers", "verl", "trl", "ray", f"{PACKAGE}.cli", f"{PACKAGE}.checks")
+
+
+@pytest.mark.parametrize(
+    ("statement", "forbidden"),
+    [
+        (f"import {PACKAGE}", ("torch", *SLOW)),
+        (f"import torch, {PACKAGE}", (*SLOW, f"{PACKAGE}.interface")),
+        (f"from {PACKAGE} import *", SLOW),  # every public name
+        (f"import {PACKAGE}.cli", ("torch", *SLOW[:-2])),
+    ],
+)
+def test_importing_costs_nothing_that_was_not_asked_for(statement, forbidden):
     run(f"""
-import sys, {PACKAGE}
-imported = [name for name in ("verl", "trl", "ray", "{PACKAGE}.cli", "{PACKAGE}.checks") if name in sys.modules]
+{statement}
+import sys
+imported = [name for name in {forbidden!r} if name in sys.modules]
 assert not imported, imported
 """)
+
+
+def test_every_public_name_is_found_where_the_package_says():
+    import triton_attention_sink_hf as package
+
+    assert set(package.__all__) == set(package._HOMES) <= set(dir(package))
+    for name in package.__all__:
+        assert getattr(package, name) is not None
+    with pytest.raises(AttributeError, match="has no attribute 'attention_sinks'"):
+        package.attention_sinks  # noqa: B018
 
 
 def test_without_transformers_the_functional_interface_works():
@@ -198,7 +226,8 @@ def test_without_transformers_the_functional_interface_works():
 
 
 def test_an_unusable_transformers_is_said_and_the_functional_interface_works():
-    pretend = "import sys, types; sys.modules['transformers'] = types.ModuleType('transformers')\n"
+    pretend = "import sys, types\nfor name in ('transformers', 'transformers.modeling_utils'):\n"
+    pretend += "    sys.modules[name] = types.ModuleType(name)\n"
     stderr = run(pretend + USE_REFERENCE)
     assert "not registered with transformers" in stderr
     assert "4.57" in stderr

@@ -149,7 +149,8 @@ def test_the_functional_api_works_without_transformers():
 def test_a_transformers_without_the_mask_interface_is_named(tmp_path):
     (tmp_path / "transformers").mkdir()
     (tmp_path / "transformers" / "__init__.py").write_text("__version__ = '4.40.0'\n")
-    out = run("import triton_attention_sink_hf; print('fine')", str(tmp_path))
+    (tmp_path / "transformers" / "modeling_utils.py").write_text("")
+    out = run("import triton_attention_sink_hf, transformers.modeling_utils; print('fine')", str(tmp_path))
     assert "fine" in out
     assert "UserWarning: triton_attention_sink is not registered with transformers" in out
     assert "transformers must be installed and >= 4.57, got" in out

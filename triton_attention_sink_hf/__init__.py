@@ -1,18 +1,21 @@
 """Attention with learned sinks, forward and backward, switched on by ``attn_implementation: triton_attention_sink``.
 
-Importing this package registers that name with transformers if transformers is installed, and does nothing else; in
-particular it never touches a GPU.
+Importing this package makes that name known to transformers: now if transformers is loaded, else as soon as it is. It
+does nothing else. It never touches a GPU, and imports torch, triton and transformers no earlier than they are needed.
 """
 
-import importlib.util
-import sys
+import importlib
 import warnings
+from typing import TYPE_CHECKING
 
-from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
-from .integrations.sequence_parallel import sequence_parallel
-from .interface import Explanation, attention_sink, explain
-from .masks import Mask
-from .reference import reference_attention
+from .after_import import after_import
+
+if TYPE_CHECKING:
+    from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
+    from .integrations.sequence_parallel import sequence_parallel
+    from .interface import Explanation, attention_sink, explain
+    from .masks import Mask
+    from .reference import reference_attention
 
 __version__ = "0.1.0"
 
@@ -28,17 +31,38 @@ __all__ = [
     "sequence_parallel",
 ]
 
+_HOMES = {
+    "Explanation": "interface",
+    "Mask": "masks",
+    "attention_sink": "interface",
+    "explain": "interface",
+    "flash_attn_func": "flash_attn_api",
+    "flash_attn_varlen_func": "flash_attn_api",
+    "flash_attn_with_kvcache": "flash_attn_api",
+    "reference_attention": "reference",
+    "sequence_parallel": "integrations.sequence_parallel",
+}
+
+
+def __getattr__(name: str):
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    value = globals()[name] = getattr(importlib.import_module(f"{__name__}.{_HOMES[name]}"), name)
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted({*globals(), *__all__})
+
 
 def _register_with_transformers() -> None:
-    if "transformers" not in sys.modules and importlib.util.find_spec("transformers") is None:
-        return
     try:
         from .registration import register
 
         register()
-    except ImportError as error:
+    except Exception as error:
         # The functional API works all the same; a model that names us will say that the name is unknown.
-        warnings.warn(f"triton_attention_sink is not registered with transformers: {error}", stacklevel=3)
+        warnings.warn(f"triton_attention_sink is not registered with transformers: {error}", stacklevel=2)
 
 
-_register_with_transformers()
+after_import("transformers.modeling_utils", _register_with_transformers)

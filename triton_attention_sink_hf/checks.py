@@ -17,6 +17,7 @@ from torch import Tensor
 
 FOLDER = Path(__file__).parent
 NAME = "triton_attention_sink"
+MINIMUM_TRITON = "3.4"  # what torch 2.8 brings
 
 
 @dataclass(frozen=True)
@@ -133,13 +134,38 @@ def kernel_device() -> tuple[str, str]:
     """
     try:
         import triton
+        from triton import knobs
     except ImportError as error:
-        raise ImportError(f"triton must be installed (pip install triton): {error}") from error
-    if triton.knobs.runtime.interpret:
+        raise ImportError(f"triton must be installed, {MINIMUM_TRITON} or newer, got {_triton()}: {error}") from error
+    if knobs.runtime.interpret:
+        _check_interpreter(triton.__version__)
         return "cpu", f"triton {triton.__version__}, interpreted on the CPU"
     if torch.cuda.is_available():
         return "cuda", f"triton {triton.__version__} on {torch.cuda.get_device_name()}"
     raise RuntimeError("no GPU: TRITON_INTERPRET=1 must be set before triton is imported, to interpret the kernels")
+
+
+def _triton() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("triton")
+    except PackageNotFoundError:
+        return "none (pip install triton)"
+
+
+def _check_interpreter(triton_version: str) -> None:
+    """RuntimeError where this numpy is too new for this triton's interpreter."""
+    import numpy
+
+    def numbers(version: str) -> tuple[int, ...]:
+        return tuple(int(part) for part in version.split(".")[:2])
+
+    if numbers(triton_version) < (3, 7) and numbers(numpy.__version__) >= (2, 4):
+        raise RuntimeError(
+            f"numpy must be older than 2.4 for the interpreter of triton {triton_version}, got {numpy.__version__}: "
+            "these checks on a CPU need it, nothing else does"
+        )
 
 
 def _usual_dtype(device: str) -> torch.dtype:

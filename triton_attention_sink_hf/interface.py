@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from dataclasses import dataclass
+from typing import Literal, overload
 
 import torch
 from torch import Tensor
@@ -11,6 +12,7 @@ from torch import Tensor
 from .call import Call, Tensors, memo_of, traced
 from .implementations import KERNELS, REFERENCE, fastest, unsupported_reason
 from .reference import reference_attention
+from .tracing import constant_result
 from .validation import check_options, check_tensors, readable
 
 
@@ -32,6 +34,69 @@ class Explanation:
         return "\n".join(lines)
 
 
+@overload
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[False] = ...,
+    implementation: str = ...,
+) -> Tensor: ...
+@overload
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: Literal[True],
+    implementation: str = ...,
+) -> tuple[Tensor, Tensor]: ...
+@overload
+def attention_sink(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    sinks: Tensor | None = ...,
+    *,
+    causal: bool = ...,
+    window_size: tuple[int, int] = ...,
+    softmax_scale: float | None = ...,
+    softcap: float = ...,
+    cu_seqlens_q: Tensor | None = ...,
+    cu_seqlens_k: Tensor | None = ...,
+    max_seqlen_q: int | None = ...,
+    max_seqlen_k: int | None = ...,
+    key_padding_mask: Tensor | None = ...,
+    seqused_k: Tensor | None = ...,
+    deterministic: bool | None = ...,
+    return_lse: bool,
+    implementation: str = ...,
+) -> Tensor | tuple[Tensor, Tensor]: ...
 def attention_sink(
     q: Tensor,
     k: Tensor,
@@ -188,6 +253,7 @@ def _choose(call: Call, implementation: str) -> str:
 _WARNED = set()
 
 
+@constant_result
 def _warn_of_reference(device: str, reason: str) -> None:
     """Once for each reason."""
     if (device, reason) in _WARNED:
@@ -198,10 +264,6 @@ def _warn_of_reference(device: str, reason: str) -> None:
         "grow with Sq * Sk. implementation='triton' makes this an error; explain(...) gives every kernel's reason",
         stacklevel=3,
     )
-
-
-# what torch.compiler.assume_constant_result does: tracing says it too. Not by that, which imports torch._dynamo.
-_warn_of_reference._dynamo_marked_constant = True
 
 
 def _find(call: Call, implementation: str) -> str:

@@ -26,6 +26,9 @@ def bench(
     ] = None,
     output: Annotated[Path, typer.Option(help="Directory for bench.json and the plots.")] = Path("outputs/bench"),
     plots: Annotated[bool, typer.Option(help="Draw forward.png and backward.png (needs matplotlib).")] = True,
+    list_cases: Annotated[
+        bool, typer.Option("--list", help="Print the cases and the implementations, time none.")
+    ] = False,
     redraw: Annotated[
         Path | None,
         typer.Option(help="Only draw the plots of this bench.json, into --output. Needs no GPU.", dir_okay=False),
@@ -44,6 +47,9 @@ def bench(
     """
     if redraw:
         _redraw(redraw, output)
+        return
+    if list_cases:
+        _list()
         return
     import torch
 
@@ -97,6 +103,14 @@ def bench(
         _draw([{"environment": card, "rows": rows}], written)
     if any(row["implementation"] == report.OURS and "problem" in row for row in rows):
         raise typer.Exit(1)
+
+
+def _list() -> None:
+    from ..bench.cases import CASES
+    from ..bench.peers import PEERS
+
+    for title, names in (("cases", [case.name for case in CASES]), ("implementations", PEERS)):
+        typer.echo("\n  ".join((title, *names)))
 
 
 def _need_matplotlib(how: str) -> None:

@@ -6,10 +6,13 @@ import json
 import os
 import platform
 import subprocess
+from dataclasses import asdict, replace
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, NoReturn
 
 import typer
+
+from .refusal import one_line
 
 PACKAGES = ("torch", "triton", "transformers", "verl", "vllm", "flash-attn", "trl", "kernels", "accelerate", "numpy")
 PACKAGE = Path(__file__).absolute().parent.parent
@@ -17,9 +20,14 @@ VLLM = "0.25.1"  # the first that we saw load gpt-oss in bf16
 
 
 def doctor(
+    attn: Annotated[
+        str | None, typer.Option(metavar="STRING", help="Only say whether this attn_implementation works, and why.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object and nothing else.")] = False,
 ) -> None:
     """Check this installation: versions, card, implementations, five checks, config lines. Exits 1 on a FAIL."""
+    if attn is not None:
+        _doctor_of_name(attn, as_json)
     report = collect()
     if as_json:
         print(json.dumps(report, indent=2))
@@ -28,12 +36,55 @@ def doctor(
     raise typer.Exit(0 if all(check["passed"] for check in report["checks"]) else 1)
 
 
+def _doctor_of_name(attn: str, as_json: bool) -> NoReturn:
+    from ..naming import judge
+
+    verdict = judge(attn)
+    if verdict.ours:
+        problem = _tried(attn)
+        verdict = verdict if problem is None else replace(verdict, works=False, reason=problem)
+    if as_json:
+        print(json.dumps({"attn_implementation": attn, **asdict(verdict), "registration": registration()}, indent=2))
+    else:
+        print(f"attn_implementation: {attn}\n  {'works' if verdict.works else 'does not work'}: {verdict.reason}")
+        if verdict.ours:
+            print(f"  {registration()}")
+        elif "triton_attention_sink'" not in verdict.reason:
+            print(f"  this package's: {config_lines()['name']}")
+    raise typer.Exit(0 if verdict.works else 1)
+
+
+def _tried(attn: str) -> str | None:
+    """Why a tiny gpt-oss could not be built with it; None if it was, and kept the string."""
+    from ..checks import tiny_gpt_oss
+
+    try:
+        found = tiny_gpt_oss(attn).config._attn_implementation
+    except Exception as error:  # whatever transformers raises
+        return one_line(error)
+    return None if found == attn else f"transformers replaces it by {found!r}"
+
+
+def registration() -> str:
+    """How a new process comes to know the name."""
+    from ..naming import automatic_registration
+
+    reason = automatic_registration()
+    if reason is None:
+        return "registered by itself: `import torch` makes the name known once transformers is loaded"
+    return (
+        f"not registered by itself ({reason}): import triton_attention_sink_hf before the model is built, or start the "
+        "program with python -m triton_attention_sink_hf"
+    )
+
+
 def collect() -> dict:
     """Everything that ``doctor`` prints, as plain JSON types."""
     found = versions()
     return {
         "versions": found,
         "verl": verl_hints(found),
+        "registration": registration(),
         "device": device(),
         "implementations": choices(),
         "checks": checks(),
@@ -172,6 +223,7 @@ def _print(report: dict) -> None:
         show(f"  {package:<26}{version or '[dim]not installed[/dim]'}")
     for hint in report["verl"]:
         show(f"  [yellow]verl:[/yellow] {escape(hint)}")
+    show(f"\n[bold]Registration[/bold]\n  {escape(report['registration'])}")
     card = report["device"]
     show("\n[bold]Device[/bold]")
     if card["type"] == "cpu":

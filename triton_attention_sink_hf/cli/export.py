@@ -18,7 +18,10 @@ OPERATORS = "triton_attention_sink::"
 BUILD = "build/torch-universal"
 LISTING = "export.json"  # lists the files that export wrote: another export replaces only these
 # What attention_sink and flash_attn_* need: nothing of transformers, nothing of the command line.
-SOURCES = ("call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "validation.py")
+SOURCES = (
+    "call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "tracing.py", "validation.py",
+)  # fmt: skip
+PAIRS = (("5.9.0", "0.14.1"), ("5.10.4", "0.14.1"), ("5.22.2", "0.17.2"))  # of transformers and kernels
 INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
 
 from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
@@ -48,6 +51,9 @@ def export(
     except (ValueError, OSError) as error:
         refuse(error)
     print(f"wrote {build}")
+    print("transformers takes it with one release of kernels or another. These pairs ran:")
+    for transformers, kernels in PAIRS:
+        print(f'  pip install "transformers=={transformers}" "kernels=={kernels}"')
     print(f'try it offline: LOCAL_KERNELS="kernels-community/{KERNEL}={directory.absolute()}"')
     print(f"                attn_implementation: kernels-community/{KERNEL}")
 

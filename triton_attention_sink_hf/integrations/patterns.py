@@ -11,6 +11,8 @@ import sys
 import torch
 from torch import Tensor
 
+from ..tracing import constant_result
+
 # The parts of transformers' patterns that are served.
 _CAUSAL_OR_FULL = {"causal_mask_function", "bidirectional_mask_function", "and_masks"}
 _WINDOW = {"sliding_window_overlay", "sliding_window_bidirectional_overlay"}
@@ -79,7 +81,7 @@ def refuse_own_attention(config) -> None:
         )
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _calls_attention_functions(configuration: str) -> bool:
     """Whether the model file beside a configuration file of transformers knows its attention functions."""
     modeling = sys.modules.get(configuration.replace(".configuration_", ".modeling_"))

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from ..tracing import constant_result
 from ..validation import check_qkv, readable
 
 
@@ -110,7 +111,7 @@ def _verl_group() -> dist.ProcessGroup | None:
     return ulysses.get_ulysses_sequence_parallel_group() if ulysses is not None else None
 
 
-@torch.compiler.assume_constant_result
+@constant_result
 def _refuse_ring_attention() -> None:
     replaced = [getattr(sys.modules.get(name), "_replaced_functions", {}) for name in _TORCH_CONTEXT_PARALLEL]
     if any(torch.nn.functional.scaled_dot_product_attention in functions for functions in replaced):

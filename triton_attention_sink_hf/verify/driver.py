@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -109,15 +108,13 @@ def check_device(device: str) -> None:
 
 def check_attention(name: str) -> None:
     """ValueError unless ``name`` can stand in ``attn_implementation``; whether a model takes it is another question."""
-    from transformers import AttentionInterface
+    import transformers  # noqa: F401  ImportError without it
 
-    import triton_attention_sink_hf  # noqa: F401  registers the names
+    from ..naming import judge
 
-    known = {"eager", *AttentionInterface().valid_keys()}
-    is_on_hub = re.fullmatch(r"[\w.-]+/[\w.-]+(@[\w./-]+)?(:[\w.-]+)?", name) is not None
-    if name not in known and not is_on_hub:
-        ours = sorted(x for x in known if "attention_sink" in x)
-        raise ValueError(f"attention must be a name that transformers knows, such as {ours}, or org/name, got {name!r}")
+    verdict = judge(name)
+    if not verdict.works:
+        raise ValueError(f"attention must be a name that transformers knows, got {name!r}: {verdict.reason}")
 
 
 @contextmanager

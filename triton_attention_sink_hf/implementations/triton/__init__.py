@@ -6,9 +6,9 @@ import torch
 from torch import Tensor
 
 try:
-    import triton
+    from triton import knobs
 except ImportError as error:
-    raise ImportError(f"triton must be installed for the Triton kernels ({error})") from error
+    raise ImportError(f"triton must be installed, 3.4 or newer, for the Triton kernels ({error})") from error
 
 from ...call import Call
 from ...masks import MAX_ROWS
@@ -17,7 +17,7 @@ from ..common.problem import Problem
 from .backward import launch_backward
 from .forward import launch_forward
 
-_INTERPRETED = triton.knobs.runtime.interpret  # Triton decides when it meets a kernel, which was at the imports above
+_INTERPRETED = knobs.runtime.interpret  # Triton decides when it meets a kernel, which was at the imports above
 _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 

@@ -18,6 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.masks import key_interval, query_interval, tile_plan
+from ..common.old_triton import known_hints
 from ..common.primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from ..common.problem import Problem, ceil_div, dlse_arguments, planned, strides, token_blocks, use_tma
 from ..common.reduce import sum_rows
@@ -100,6 +101,7 @@ def _dq_step(
     return matmul(ds.to(k.dtype), k, dq), row_sum
 
 
+@known_hints
 @triton.jit
 def _attn_bwd_dq_kernel(
     q_ptr, k_ptr, v_ptr, k_desc, v_desc, sink_ptr, out_ptr, lse_ptr, dout_ptr, dlse_ptr, dq_ptr, statistics_ptr,
@@ -285,6 +287,7 @@ def _dkv_step(
     return dk, dv, dk_rest, dv_rest
 
 
+@known_hints
 @triton.jit
 def _attn_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, q_desc, dout_desc, statistics_desc, statistics_ptr, dout_ptr, dk_ptr, dv_ptr,
