@@ -10,6 +10,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "tests"))  # verl_worker.py
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLASH_ATTENTION_4 = "flash_attention_4"
 SHARES = (0.05, 0.37, 0.02, 0.21, 0.09, 0.01, 0.17, 0.08)  # of a micro-batch's tokens, per sample
@@ -118,31 +120,20 @@ class HuggingFaceWorker:
         return {name: x.grad.float().cpu() for name, x in self.model.named_parameters()}
 
 
-class VerlWorker:
-    """verl's actor worker on one rank: FSDP2, bf16, activation checkpointing, packed rows, as main_ppo builds it."""
+class VerlActor:
+    """verl's actor worker on one rank: FSDP2, bf16, activation checkpointing, packed rows."""
 
     def __init__(self, folder: Path, attention: str):
-        from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-        from verl.workers.engine_workers import TrainingWorker
+        from verl_worker import VerlWorker
 
-        model = HFModelConfig(
-            path=str(folder), override_config={"attn_implementation": attention}, use_remove_padding=True,
-            enable_gradient_checkpointing=True, load_tokenizer=False,
-        )  # fmt: skip
-        engine = FSDPEngineConfig(strategy="fsdp2", use_dynamic_bsz=False, micro_batch_size_per_gpu=1)
-        config = TrainingWorkerConfig(
-            model_type="language_model", model_config=model, engine_config=engine,
-            optimizer_config=FSDPOptimizerConfig(lr=1e-6, total_training_steps=1),
-        )  # fmt: skip
-        self.worker = TrainingWorker(config)
-        self.worker.reset()
-        self.engine = self.worker.engine
+        self.worker = VerlWorker(folder, attention)
+        self.zero, self.gradients = self.worker.zero, self.worker.gradients
 
     @staticmethod
     def start() -> None:
         """Raise ImportError unless verl can be used here; on a CPU, through the platform of the demo."""
         if DEVICE == "cpu":
-            sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"))
+            sys.path.insert(0, str(ROOT / "examples" / "verl" / "demo"))
             os.environ |= {"VERL_PLATFORM": "cpu", "VERL_ENGINE_DEVICE": "cuda"}
             os.environ["VERL_USE_EXTERNAL_MODULES"] = "verl_cpu_platform"
         os.environ |= {"WORLD_SIZE": "1", "RANK": "0", "LOCAL_RANK": "0"}
@@ -152,33 +143,4 @@ class VerlWorker:
         from verl.workers.engine_workers import TrainingWorker  # noqa: F401
 
     def step(self, batch: Batch) -> Tensor:
-        from verl.utils import tensordict_utils as tu
-
-        def nested(rows):
-            return torch.nested.as_nested_tensor(list(rows), layout=torch.jagged)
-
-        tensors = {
-            "input_ids": nested(batch.ids),
-            "position_ids": nested(torch.arange(len(x)) for x in batch.ids),
-            "loss_mask": nested(torch.ones(len(x)) for x in batch.ids),
-            "weight": nested(batch.weights),
-        }
-        options = {
-            "use_remove_padding": True, "use_dynamic_bsz": False, "micro_batch_size_per_gpu": len(batch.ids),
-            "temperature": 1.0, "pad_token_id": 0,
-        }  # fmt: skip
-        found = []
-
-        def loss(model_output, data, dp_group=None):
-            found.append(model_output["log_probs"].values().detach())
-            return (model_output["log_probs"].values() * data["weight"].values()).sum(), {}
-
-        with self.engine.train_mode(zero_grad_on_exit=False):
-            self.engine.forward_backward_batch(tu.get_tensordict(tensors, options), loss, forward_only=False)
-        return found[0]
-
-    def zero(self) -> None:
-        self.engine.optimizer_zero_grad()
-
-    def gradients(self) -> dict[str, Tensor]:
-        return {name: x.grad.full_tensor().float().cpu() for name, x in self.engine.module.named_parameters()}
+        return torch.cat(self.worker.step(batch.ids, batch.weights))

@@ -38,7 +38,7 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")  # 
 
 import packed_peers
 import torch
-from actor_step import DEVICE, Batch, HuggingFaceWorker, VerlWorker, uneven, write_model
+from actor_step import DEVICE, Batch, HuggingFaceWorker, VerlActor, uneven, write_model
 from packed_peers import FLASH, NAMES, YARDSTICK, missing
 from torch import Tensor
 
@@ -275,8 +275,8 @@ def main() -> None:
     make, kind = HuggingFaceWorker, "hf"
     if arguments.worker != "hf":
         try:
-            VerlWorker.start()
-            make, kind = VerlWorker, "verl"
+            VerlActor.start()
+            make, kind = VerlActor, "verl"
         except Exception as error:
             if arguments.worker == "verl":
                 raise

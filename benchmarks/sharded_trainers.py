@@ -16,7 +16,9 @@ from torch import Tensor
 from torch.nn.functional import pad
 
 ATTENTION = "triton_attention_sink"
-CPU_PLATFORM = Path(__file__).resolve().parent.parent / "examples" / "verl" / "demo"
+ROOT = Path(__file__).resolve().parent.parent
+CPU_PLATFORM = ROOT / "examples" / "verl" / "demo"
+sys.path.append(str(ROOT / "tests"))  # verl_worker.py
 
 
 @dataclass(frozen=True)
@@ -161,69 +163,21 @@ class VerlActor(Fsdp2):
     """The worker that verl's trainers build, with its own FSDP2 and ``ulysses_sequence_parallel_size``."""
 
     def __init__(self, folder: Path, device: torch.device, dtype: torch.dtype, sp: int):
-        from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-        from verl.workers.engine_workers import TrainingWorker
+        from verl_worker import VerlWorker
 
-        self.sp = sp
-        name = {torch.float32: "fp32", torch.bfloat16: "bf16"}[dtype]
-        precision = {"param_dtype": name, "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-        config = TrainingWorkerConfig(
-            model_type="language_model",
-            model_config=HFModelConfig(path=str(folder), override_config={"attn_implementation": ATTENTION}),
-            engine_config=FSDPEngineConfig(
-                strategy="fsdp2",
-                mixed_precision=precision,
-                use_torch_compile=False,
-                use_dynamic_bsz=False,
-                micro_batch_size_per_gpu=1,
-                ulysses_sequence_parallel_size=sp,
-            ),
-            optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=1),
-        )
-        worker = TrainingWorker(config)
-        worker.reset()
-        self.engine = worker.engine
-        self.model = self.engine.module
+        self.sp, self.worker = sp, VerlWorker(folder, ATTENTION, dtype, ranks=sp)
 
     def step(self, rows: list[list[Sample]]) -> list[Tensor]:
-        with self.engine.train_mode(zero_grad_on_exit=False):
-            self.engine.optimizer_zero_grad()
-            return [self._row(row) for row in self.rows(rows)]
+        self.worker.zero()
+        return [self._row(row) for row in self.rows(rows)]
 
     def _row(self, row: list[Sample]) -> Tensor:
-        from verl.utils import tensordict_utils as tu
-
-        def nested(tensors: list[Tensor]) -> Tensor:
-            return torch.nested.as_nested_tensor(tensors, layout=torch.jagged)
-
-        data = tu.get_tensordict(
-            {
-                "input_ids": nested([sample.ids for sample in row]),
-                "position_ids": nested([torch.arange(len(sample.ids)) for sample in row]),
-                "loss_mask": nested([torch.ones(len(sample.ids)) for sample in row]),
-                "weight": nested([sample.weights for sample in row]),
-            },
-            {
-                "use_remove_padding": True,
-                "use_dynamic_bsz": False,
-                "micro_batch_size_per_gpu": len(row),
-                "temperature": 1.0,
-                "pad_token_id": 0,
-            },
-        )
-        found = []
-
-        def loss(model_output, data, dp_group=None):
-            log_probs = model_output["log_probs"].values()
-            found.append(log_probs.detach())
-            return (log_probs * data["weight"].values()).sum(), {}
-
-        self.engine.forward_backward_batch(data, loss, forward_only=False)
+        found = self.worker.step([sample.ids for sample in row], [sample.weights for sample in row])
         return torch.cat(found).cpu()
 
     def gradients(self) -> dict[str, Tensor]:
         n = dist.get_world_size() // self.sp  # FSDP has averaged over ranks; verl makes up for those of a row
-        return {name: (x.grad.full_tensor() * n).cpu() for name, x in self.model.named_parameters()}
+        return {name: x * n for name, x in self.worker.gradients().items()}
 
 
 def _load(folder: Path, device: torch.device) -> torch.nn.Module:

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from verl_worker import VerlWorker
 
 LENGTHS = (13, 1, 29, 2, 17, 40, 8, 9)  # around the window of 8; a sample of one token sees only itself and the sink
 
@@ -84,61 +85,11 @@ def truth(folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
 
 def actor(case: Case, folder: Path) -> tuple[list[torch.Tensor], dict[str, torch.Tensor]]:
     """The same from verl's actor worker, in two micro-batches."""
-    from verl.utils import tensordict_utils as tu
-    from verl.workers.config import FSDPEngineConfig, FSDPOptimizerConfig, HFModelConfig, TrainingWorkerConfig
-    from verl.workers.engine_workers import TrainingWorker
-
-    fp32 = {"param_dtype": "fp32", "reduce_dtype": "fp32", "buffer_dtype": "fp32"}
-    config = TrainingWorkerConfig(
-        model_type="language_model",
-        model_config=HFModelConfig(
-            path=str(folder),
-            override_config={"attn_implementation": case.attention},
-            use_remove_padding=case.packed,
-        ),
-        engine_config=FSDPEngineConfig(
-            strategy="fsdp2",
-            mixed_precision=fp32,
-            use_torch_compile=False,
-            use_dynamic_bsz=False,
-            micro_batch_size_per_gpu=4,
-            pad_to_length=case.tail,
-            pad_to_length_bucket=64,
-            ulysses_sequence_parallel_size=int(os.environ["WORLD_SIZE"]),
-        ),
-        optimizer_config=FSDPOptimizerConfig(lr=1e-3, total_training_steps=1),
+    worker = VerlWorker(
+        folder, case.attention, torch.float32, ranks=int(os.environ["WORLD_SIZE"]), packed=case.packed, tail=case.tail
     )
-    worker = TrainingWorker(config)
-    worker.reset()
-    engine = worker.engine
-    ids, weights = samples()
-    data = tu.get_tensordict(
-        {
-            "input_ids": _nested(ids),
-            "position_ids": _nested([torch.arange(len(x)) for x in ids]),
-            "loss_mask": _nested([torch.ones(len(x)) for x in ids]),
-            "weight": _nested(weights),
-        },
-        {
-            "use_remove_padding": case.packed,
-            "use_dynamic_bsz": False,
-            "micro_batch_size_per_gpu": 4,
-            "temperature": 1.0,
-            "pad_token_id": 0,
-        },
-    )
-    log_probs = []
-
-    def loss(model_output, data, dp_group=None):
-        own = model_output["log_probs"]
-        log_probs.extend(x.detach() for x in own.unbind())
-        return (own.values() * data["weight"].values()).sum(), {}
-
-    with engine.train_mode(zero_grad_on_exit=False):
-        engine.optimizer_zero_grad()
-        engine.forward_backward_batch(data, loss, forward_only=False)
-        gradients = {name: x.grad.full_tensor().clone() for name, x in engine.module.named_parameters()}
-    return log_probs, gradients
+    worker.zero()
+    return worker.step(*samples(), micro_batch=4), worker.gradients()
 
 
 def distances(got, want) -> dict:
@@ -158,10 +109,6 @@ def _without_last(rows: list[torch.Tensor]) -> torch.Tensor:
 
 def _distance(got: torch.Tensor, want: torch.Tensor) -> float:
     return ((got - want).abs().max() / want.abs().max()).item()
-
-
-def _nested(rows: list[torch.Tensor]) -> torch.Tensor:
-    return torch.nested.as_nested_tensor(rows, layout=torch.jagged)
 
 
 def _register_without_sink_gradient() -> None:
