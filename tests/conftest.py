@@ -32,14 +32,6 @@ def fixed_seed():
     torch.manual_seed(0)
 
 
-@pytest.fixture(autouse=True)
-def memory_given_back():
-    """Test processes share the card, so each frees its cached memory after a test."""
-    yield
-    if GPU:
-        torch.cuda.empty_cache()
-
-
 @pytest.fixture
 def poisoned_empty(monkeypatch):
     """torch.empty, empty_like and new_empty return NaN (integers: a large value), so an element nobody wrote shows."""

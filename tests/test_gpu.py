@@ -1,4 +1,7 @@
-"""The kernels on a GPU: exactness at the shapes of real models, sizes past 2^31, graphs, memory, synchronisation."""
+"""The kernels on a GPU: exactness at the shapes of real models, sizes past 2^31, graphs, memory, synchronisation.
+
+Over 400 lines: all that needs a GPU is one file, whose tests share compiled kernels and a card's memory.
+"""
 
 import gc
 import random
