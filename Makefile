@@ -60,7 +60,7 @@ $(VENV)/ruff: pyproject.toml constraints.txt | $(VENV)/bin/python
 
 $(VENV)/installed: pyproject.toml constraints.txt | $(VENV)/bin/python
 	@echo "installing torch, verl and this package into $(VENV) (2 to 3 minutes the first time; log: $(PIP_LOG))"
-	@$(PIP_INSTALL) $(TORCH) -e ".[hf,verl,test]" > $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
+	@$(PIP_INSTALL) $(TORCH) -e ".[hf,verl,bench,test]" > $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
 	@# apart from the rest: where TRL 1.16 can be imported, verl 0.9.1's actor imports a class that it no longer has
 	@$(PIP_INSTALL) --no-deps --upgrade --target $(VENV)/trl trl >> $(PIP_LOG) 2>&1 || { tail -n 30 $(PIP_LOG); exit 1; }
 	@# apart, too: transformers behaves otherwise where kernels can be imported
