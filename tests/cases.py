@@ -142,6 +142,20 @@ def _mask(case: Case, seqlen_k: int, device: str) -> Mask:
     return Mask(case.window[0], 0 if case.causal else case.window[1], cu_q, cu_k, padding, used)
 
 
+def leaves_of(inputs: Inputs) -> list[Tensor]:
+    """q, k, v and, if there are any, sinks, which now need a gradient."""
+    return [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks) if x is not None]
+
+
+def operator_options(case: Case, inputs: Inputs) -> tuple:
+    """What the operators take after q, k, v and sinks: the portable kernels, deterministic gradients."""
+    mask = inputs.mask
+    return (
+        mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+        mask.left, mask.right, case.scale, case.softcap, True, "triton",
+    )  # fmt: skip
+
+
 def run(
     case: Case, inputs: Inputs, implementation: str = "triton", deterministic: bool | None = None
 ) -> dict[str, Tensor]:

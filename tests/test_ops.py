@@ -5,7 +5,7 @@ import warnings
 
 import pytest
 import torch
-from cases import Case, call, make_inputs, run
+from cases import Case, call, leaves_of, make_inputs, operator_options, run
 from torch.utils.checkpoint import checkpoint
 
 from triton_attention_sink_hf import attention_sink, explain, implementations, interface, ops
@@ -24,25 +24,13 @@ SAMPLES = {
 }
 
 
-def _options(case: Case, inputs) -> tuple:
-    mask = inputs.mask
-    return (
-        mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-        mask.left, mask.right, case.scale, case.softcap, True, "triton",
-    )  # fmt: skip
-
-
-def _leaves(inputs) -> list[torch.Tensor]:
-    return [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks) if x is not None]
-
-
 @pytest.mark.parametrize("name", SAMPLES)
 def test_opcheck_forward(name):
     case = SAMPLES[name]
     inputs = make_inputs(case)
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     sinks = leaves[3] if len(leaves) == 4 else None
-    torch.library.opcheck(attention_forward, (*leaves[:3], sinks, *_options(case, inputs)))
+    torch.library.opcheck(attention_forward, (*leaves[:3], sinks, *operator_options(case, inputs)))
 
 
 @pytest.mark.parametrize("name", SAMPLES)
@@ -50,7 +38,7 @@ def test_opcheck_forward(name):
 def test_opcheck_backward(name, need_dkv):
     case = SAMPLES[name]
     inputs = make_inputs(case)
-    tensors, options = (inputs.q, inputs.k, inputs.v, inputs.sinks), _options(case, inputs)
+    tensors, options = (inputs.q, inputs.k, inputs.v, inputs.sinks), operator_options(case, inputs)
     out, lse = attention_forward(*tensors, *options)
     dlse = torch.randn_like(lse)
     torch.library.opcheck(attention_backward, (inputs.dout, dlse, out, lse, *tensors, *options, need_dkv))
@@ -62,9 +50,9 @@ def test_operator_equals_eager_call(name):
     case = SAMPLES[name]
     inputs = make_inputs(case)
     want = run(case, inputs)
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     sinks = leaves[3] if len(leaves) == 4 else None
-    out, lse = attention_forward(*leaves[:3], sinks, *_options(case, inputs))
+    out, lse = attention_forward(*leaves[:3], sinks, *operator_options(case, inputs))
     assert torch.equal(out, want["out"]) and torch.equal(lse, want["lse"])
     for value, key in zip(torch.autograd.grad(out, leaves, inputs.dout), ("dq", "dk", "dv", "dsink"), strict=False):
         assert torch.equal(value, want[key]), key
@@ -122,7 +110,7 @@ def test_compile(backend, implementation):
         return out.sin(), lse
 
     inputs = make_inputs(case)
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     want = function(*leaves, inputs.mask.key_padding_mask)
     got = torch.compile(function, fullgraph=True, backend=backend)(*leaves, inputs.mask.key_padding_mask)
     dout = [torch.randn_like(x) for x in want]
@@ -201,7 +189,7 @@ def test_checkpoint(use_reentrant):
     case = Case(20, batch=2, dlse=True)
     inputs = make_inputs(case)
     want = run(case, inputs)
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     out, lse = checkpoint(lambda *x: call(case, inputs, *x), *leaves, use_reentrant=use_reentrant)
     torch.autograd.backward((out, lse), (inputs.dout, inputs.dlse))
     for x, key in zip(leaves, ("dq", "dk", "dv", "dsink"), strict=True):
@@ -210,7 +198,7 @@ def test_checkpoint(use_reentrant):
 
 def test_autocast():
     inputs = make_inputs(Case(20))
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         out, lse = attention_sink(*leaves, return_lse=True, implementation="reference")
     assert out.dtype == torch.bfloat16 and lse.dtype == torch.float32
@@ -226,7 +214,7 @@ def test_sinks_gradient_has_their_dtype():
     case = Case(12)
     inputs = make_inputs(case)
     sinks = inputs.sinks.bfloat16()
-    options = _options(case, inputs)
+    options = operator_options(case, inputs)
     out, lse = attention_forward(inputs.q, inputs.k, inputs.v, sinks, *options)
     *_, dsinks = attention_backward(inputs.dout, None, out, lse, inputs.q, inputs.k, inputs.v, sinks, *options, True)
     assert dsinks.dtype == sinks.dtype and dsinks.shape == sinks.shape
@@ -246,7 +234,7 @@ def test_modified_inputs_are_noticed():
 @pytest.mark.parametrize("deterministic", [None, True, False])
 def test_deterministic_is_bit_exact_here(deterministic):
     inputs = make_inputs(Case(40, heads=(4, 2)))
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
 
     def gradients():
         out = attention_sink(*leaves, deterministic=deterministic, implementation="triton")
@@ -275,7 +263,7 @@ def test_auto_on_a_cpu_is_the_reference():
 @pytest.mark.parametrize("implementation", ["reference", "triton"])
 def test_a_loss_through_lse_alone(implementation):
     """v takes part, with a gradient of 0, in every implementation."""
-    leaves = _leaves(make_inputs(Case(12)))
+    leaves = leaves_of(make_inputs(Case(12)))
     _, lse = attention_sink(*leaves, return_lse=True, implementation=implementation)
     lse.sum().backward()
     assert not leaves[2].grad.any() and all(bool(x.grad.any()) for i, x in enumerate(leaves) if i != 2)

@@ -2,34 +2,13 @@
 
 import pytest
 import torch
-from cases import Case, call, make_inputs, run
+from cases import Case, call, leaves_of, make_inputs, operator_options, run
 from torch.utils.checkpoint import checkpoint
 
 from triton_attention_sink_hf import attention_sink
 from triton_attention_sink_hf.ops import attention_forward
 
 pytestmark = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning", "ignore::UserWarning")
-
-SAMPLES = {
-    "plain": Case(20, batch=2),
-    "no sinks": Case(20, sinks=None, heads=(2, 2)),
-    "packed": Case(24, lengths_q=(3, 0, 17)),
-    "padding": Case(9, 20, batch=2, padding="left", window=(7, 0)),
-    "used": Case(1, 20, batch=2, used=(20, 3)),
-    "transposed": Case(20, batch=2, layout="bhsd", head_dim=(16, 24)),
-}
-
-
-def _options(case: Case, inputs) -> tuple:
-    mask = inputs.mask
-    return (
-        mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-        mask.left, mask.right, case.scale, case.softcap, True, "triton",
-    )  # fmt: skip
-
-
-def _leaves(inputs) -> list[torch.Tensor]:
-    return [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks) if x is not None]
 
 
 def _through(way: str, case: Case, inputs):
@@ -39,7 +18,7 @@ def _through(way: str, case: Case, inputs):
         return call(case, inputs, q, k, v, sinks)[0]
 
     if way == "operator":
-        return lambda q, k, v, sinks: attention_forward(q, k, v, sinks, *_options(case, inputs))[0]
+        return lambda q, k, v, sinks: attention_forward(q, k, v, sinks, *operator_options(case, inputs))[0]
     if way == "checkpoint":
         return lambda *leaves: checkpoint(attend, *leaves, use_reentrant=False)
     if way.startswith("compile"):
@@ -110,7 +89,7 @@ def test_create_graph_gives_the_same_first_gradients():
     case = Case(20, batch=2, dlse=True)
     inputs = make_inputs(case)
     want = run(case, inputs)
-    leaves = _leaves(inputs)
+    leaves = leaves_of(inputs)
     out, lse = call(case, inputs, *leaves)
     got = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse), create_graph=True)
     for value, key in zip(got, ("dq", "dk", "dv", "dsink"), strict=True):
@@ -124,7 +103,7 @@ def test_outputs_without_gradient():
     out, lse = call(case, inputs, inputs.q, inputs.k, inputs.v, inputs.sinks)
     assert not out.requires_grad and not lse.requires_grad
     with torch.no_grad():
-        out, _ = call(case, inputs, *_leaves(inputs))
+        out, _ = call(case, inputs, *leaves_of(inputs))
     assert not out.requires_grad
 
 
@@ -153,7 +132,7 @@ def test_forward_mode_of_what_is_traced_is_refused():
     with torch.autograd.forward_ad.dual_level():
         q = torch.autograd.forward_ad.make_dual(inputs.q, inputs.q)
         with pytest.raises(NotImplementedError, match="no forward-mode derivative"):
-            attention_forward(q, inputs.k, inputs.v, inputs.sinks, *_options(Case(8), inputs))
+            attention_forward(q, inputs.k, inputs.v, inputs.sinks, *operator_options(Case(8), inputs))
 
 
 def test_vmap_is_refused():
@@ -165,7 +144,7 @@ def test_vmap_is_refused():
 
 def test_functorch():
     """Inside a transform kernels are refused, whatever their arguments; a tensor that left one may have no address."""
-    q, k, v, sinks = _leaves(make_inputs(Case(8)))
+    q, k, v, sinks = leaves_of(make_inputs(Case(8)))
     left = []
     torch.func.grad(lambda x: left.append(x) or x.sum())(q.detach())
     want = attention_sink(q, k, v, sinks, implementation="reference")

@@ -7,7 +7,6 @@ installed (``make test`` does that).
 import importlib.util
 import json
 import os
-import socket
 import subprocess
 import sys
 import time
@@ -17,8 +16,8 @@ import numpy
 import pytest
 import torch
 import verl_actor
+from processes import ROOT, run_ranks
 
-ROOT = Path(__file__).resolve().parent.parent
 DEMO = ROOT / "examples" / "verl" / "demo"
 TOLERANCE = 1e-5
 
@@ -47,30 +46,6 @@ def models(demo, tmp_path_factory):
     return folder
 
 
-def start_actors(models: Path, out: Path, cases: list, world_size: int = 1) -> list[subprocess.Popen]:
-    """verl_actor.py on every rank."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    env = os.environ | {
-        "PYTHONPATH": os.pathsep.join([str(DEMO), str(ROOT)]),
-        "VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform",
-        "VERL_PLATFORM": "cpu",
-        "VERL_ENGINE_DEVICE": "cuda",
-        "HF_HUB_OFFLINE": "1",
-        "MASTER_ADDR": "127.0.0.1",
-        "MASTER_PORT": str(port),
-        "WORLD_SIZE": str(world_size),
-    }
-    command = [sys.executable, verl_actor.__file__, str(models), str(out), *(case.name for case in cases)]
-    return [
-        subprocess.Popen(
-            command, env=env | {"RANK": str(rank)}, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-        )
-        for rank in range(world_size)
-    ]
-
-
 @pytest.fixture(scope="module")
 def distances(models, tmp_path_factory):
     """Case name -> distances of verl's actor from eager, one sample at a time."""
@@ -86,14 +61,14 @@ def sharded_distances(models, tmp_path_factory):
 
 
 def measured(models: Path, out: Path, cases: list, world_size: int = 1) -> dict:
-    processes = start_actors(models, out, cases, world_size)
-    try:
-        for process in processes:
-            output, _ = process.communicate(timeout=300)
-            assert process.returncode == 0, output
-    finally:
-        for process in processes:
-            process.kill()
+    """What verl_actor.py writes, run on every rank."""
+    platform = {
+        "VERL_USE_EXTERNAL_MODULES": "verl_cpu_platform",
+        "VERL_PLATFORM": "cpu",
+        "VERL_ENGINE_DEVICE": "cuda",
+    }
+    names = [case.name for case in cases]
+    run_ranks(world_size, verl_actor.__file__, models, out, *names, path=(DEMO, ROOT), **platform)
     return json.loads(out.read_text())
 
 

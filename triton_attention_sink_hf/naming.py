@@ -7,10 +7,9 @@ import os
 import re
 from dataclasses import dataclass
 
-from .registration import NAME, path_problem, register, registered_names
+from .registration import FOLDER, NAME, path_problem, register, registered_names
 
 DISTRIBUTION, PACKAGE = "triton-attention-sink", "triton_attention_sink_hf"
-FOLDER = os.path.dirname(os.path.abspath(__file__))
 AUTOLOAD, TORCH_AUTOLOAD = "TRITON_ATTENTION_SINK_AUTOLOAD", "TORCH_DEVICE_BACKEND_AUTOLOAD"
 _HUB = re.compile(r"[^/:]+/[^/:]+(?:@[^/:]+)?(?::[^/:]+)?")  # what transformers takes for a kernel on the Hub
 _USES = {

@@ -8,7 +8,7 @@ from .flash_attention_triton_sink import attention_forward, attention_mask
 
 NAME = "triton_attention_sink"
 MINIMUM = "4.57"
-_PACKAGE = os.path.dirname(os.path.abspath(__file__))
+FOLDER = os.path.dirname(os.path.abspath(__file__))
 # transformers 5 searches names for these words and replaces the attention of a name that contains one.
 _REWRITTEN = ("flash", "sdpa", "flex")
 
@@ -36,7 +36,7 @@ def register() -> tuple[str, ...]:
 
 def registered_names() -> tuple[str, ...]:
     """The names that ``register`` registers, without doing so."""
-    folders = dict.fromkeys((_PACKAGE, os.path.realpath(_PACKAGE)))
+    folders = dict.fromkeys((FOLDER, os.path.realpath(FOLDER)))
     paths = (path for folder in folders for path in (folder, folder + os.sep))
     return (NAME, *(path for path in paths if path_problem(path) is None))
 

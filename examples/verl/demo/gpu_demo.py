@@ -68,8 +68,7 @@ def main() -> int:
     known = json.loads(arguments.control.read_text())["models"] if arguments.control else {}
     for kind in arguments.model:
         runs = results["models"][kind] = {"control": known[kind]["control"]} if kind in known else {}
-        for run in planned(kind, arguments, folder):
-            name = run.folder.name.removeprefix(f"{kind}-")
+        for name, run in planned(kind, arguments, folder):
             if name not in runs:
                 runs[name] = _result(run, arguments.limit, console, runs.get("control"))
                 (folder / "results.json").write_text(json.dumps(results, indent=1) + "\n")
@@ -85,12 +84,13 @@ def main() -> int:
     return 1 if failed else 0
 
 
-def planned(kind: str, arguments: argparse.Namespace, folder: Path) -> Iterator[main_ppo.Run]:
-    """The control, on one GPU, then each attention."""
-    yield main_ppo.Run("eager", arguments.steps, folder / f"{kind}-control", True, 1, kind, "vllm", packed=False)
+def planned(kind: str, arguments: argparse.Namespace, folder: Path) -> Iterator[tuple[str, main_ppo.Run]]:
+    """The control, on one GPU, then each attention, by the names that results.json gives them."""
+    control = folder / f"{kind}-control"
+    yield "control", main_ppo.Run("eager", arguments.steps, control, True, 1, kind, "vllm", packed=False)
     for name in arguments.attn:
-        attention = training.attention(name)
-        yield main_ppo.Run(attention, arguments.steps, folder / f"{kind}-{name}", True, arguments.sp, kind, "vllm")
+        own = folder / f"{kind}-{name}"
+        yield name, main_ppo.Run(training.attention(name), arguments.steps, own, True, arguments.sp, kind, "vllm")
 
 
 def _result(run: main_ppo.Run, limit: int, console: Console, control: dict | None) -> dict:

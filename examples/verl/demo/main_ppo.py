@@ -15,12 +15,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
+from observer import OBSERVATIONS
 
 HERE = Path(__file__).resolve().parent
 SHIPPED = {"gpt_oss": HERE.parent / "my_ppo.yaml", "llama": HERE.parent / "my_ppo_llama.yaml"}
 CHECKOUT = HERE.parents[2]
 MARKER = "TRITON_ATTENTION_SINK_DEMO_RUN"
-OBSERVATIONS = "VERL_OBSERVATIONS"  # the file that observer.py writes
 
 
 @dataclass(frozen=True)

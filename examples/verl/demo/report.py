@@ -186,8 +186,7 @@ def _initial_sinks(run: Run) -> Sinks:
 
 
 def _moves(sinks: Sinks, initial: Sinks) -> dict[str, float]:
-    return {name: max(map(abs, _minus(values, initial[name]))) for name, values in sinks.items()}
-
-
-def _minus(after: list[float], before: list[float]) -> list[float]:
-    return [a - b for a, b in zip(after, before, strict=True)]
+    return {
+        name: max(abs(after - before) for after, before in zip(values, initial[name], strict=True))
+        for name, values in sinks.items()
+    }
