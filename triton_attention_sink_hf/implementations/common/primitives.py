@@ -1,10 +1,11 @@
-"""Device functions that every kernel shares: tile addresses, dot products, the softcap."""
+"""Device functions that every kernel shares: tile addresses, dot products, the softcap, the sink."""
 
 import triton
 import triton.language as tl
 
 LOG2E: tl.constexpr = tl.constexpr(1.4426950408889634)
 LN2: tl.constexpr = tl.constexpr(0.6931471805599453)
+LOWEST: tl.constexpr = tl.constexpr(-3.4028234663852886e38)  # of fp32
 
 
 @triton.jit
@@ -101,3 +102,23 @@ def cap(x, softcap):
     small = small * z * y + y
     large = 1.0 - 2.0 / (1.0 + tl.exp2(y * (2.0 * LOG2E)))
     return softcap * tl.where(tl.abs(y) < 0.625, small, large)
+
+
+@triton.jit
+def join_sink(m, l, sink, HAS_SINK: tl.constexpr):
+    """The sink joins a row's softmax: (top, l, keys).
+
+    m: the row's largest score, times log2(e); any value where the row has seen no key. l: its sum of exp2(score - m),
+    0 where it has seen none. Of the result, top + log(l) is lse and keys / l the factor of P V; l is 0 only in a row
+    without key and sink. The largest score or the sink is ``top``, in natural units, so that lse = sink exactly where
+    the sink dominates; keys also holds what m has lost by the change of units.
+    """
+    seen = l > 0.0
+    top = tl.where(seen, m * LN2, LOWEST)
+    if HAS_SINK:
+        top = tl.maximum(top, sink)
+    keys = tl.where(seen, tl.exp2(m - top * LOG2E), 0.0)
+    l = l * keys
+    if HAS_SINK:
+        l += tl.exp2((sink - top) * LOG2E)
+    return top, l, keys

@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.masks import query_interval, tile_plan
-from ..common.primitives import LN2, LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+from ..common.primitives import LN2, LOG2E, cap, join_sink, load_tile, matmul, row_offsets, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
 from .config import forward_config
@@ -140,17 +140,10 @@ def _attn_fwd_kernel(
             False, OPTIONS,
         )  # fmt: skip
 
-    # The sink joins last, in natural units, so that lse = sink exactly where the sink dominates.
-    top = m * LN2
+    sink = None
     if HAS_SINK:
         sink = tl.load(sink_ptr + heads).to(tl.float32)
-        top = tl.maximum(top, sink)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    keys = tl.exp2(m - top * LOG2E)
-    keys = tl.where(m == float("-inf"), 0.0, keys)  # where top * LOG2E of a very negative sink is -inf too, keys is NaN
-    l = l * keys
-    if HAS_SINK:
-        l += tl.exp2((sink - top) * LOG2E)
+    top, l, keys = join_sink(m, l, sink, HAS_SINK)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     out = acc * (keys / l)[:, None]

@@ -26,11 +26,10 @@ from .config import forward_config
 from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
 from .tile_table import table_slots, tile_table
-from .vocabulary import Rows, Tiles, item_of_round, named_barrier, new_barriers, opaque_zero
+from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton numbers its own from 0
-LOWEST: gl.constexpr = gl.constexpr(-3.4028234663852886e38)  # of fp32
 
 
 @aggregate
@@ -312,17 +311,10 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, False)
         c += 1
 
-        # The sink joins last, in natural units, so that lse = sink exactly where the sink dominates, and where a row
-        # has seen no key: there the sink may be below NOTHING.
-        seen = l > 0.0
-        top = gl.where(seen, m * LN2, LOWEST)
+        sink = 0.0
         if HAS_SINK:
             sink = gl.load(sink_ptr + head).to(gl.float32)
-            top = gl.maximum(top, sink)
-        keys = gl.where(seen, gl.exp2(m - top * LOG2E), 0.0)
-        l = l * keys
-        if HAS_SINK:
-            l += gl.exp2((sink - top) * LOG2E)
+        top, l, keys = join_sink(m, l, sink, HAS_SINK)
         nothing = l == 0.0
         l = gl.where(nothing, 1.0, l)
         lse = gl.where(nothing, float("-inf"), top + gl.log2(l) * LN2)

@@ -4,6 +4,7 @@ from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import mbarrier
 
+from ..common.primitives import LN2, LOG2E, LOWEST
 from .gluon_compat import aggregate
 
 
@@ -223,3 +224,17 @@ def opaque_zero():
     such kernels.
     """
     return gl.inline_asm_elementwise("mov.u32 $0, 0;", "=r", [], gl.int32, False, 1)
+
+
+@gluon.jit
+def join_sink(m, l, sink, HAS_SINK: gl.constexpr):
+    """The sink joins a row's softmax: (top, l, keys), as ``common.primitives.join_sink`` says."""
+    seen = l > 0.0
+    top = gl.where(seen, m * LN2, LOWEST)
+    if HAS_SINK:
+        top = gl.maximum(top, sink)
+    keys = gl.where(seen, gl.exp2(m - top * LOG2E), 0.0)
+    l = l * keys
+    if HAS_SINK:
+        l += gl.exp2((sink - top) * LOG2E)
+    return top, l, keys

@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.masks import query_interval
-from ..common.primitives import LN2, LOG2E, load_block, load_tile, matmul, store_tile
+from ..common.primitives import LN2, LOG2E, join_sink, load_block, load_tile, matmul, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides, token_blocks, use_tma
 from ..common.relaunch import Launch
 from .config import band_size, forward_config, programs
@@ -115,27 +115,17 @@ class _Options(NamedTuple):
 
 @triton.jit
 def finish(
-    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q, stride_ob, stride_oh,
+    p_band, p_own, v_band, v_own, m, l, sink, out_ptr, lse_ptr, b, head, first, seqlen_q, stride_ob, stride_oh,
     OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """Store out and lse of PART tokens from ``first``. ``top``: the largest score of a row, ``l``: its sum of P.
-
-    The sink joins last, in natural units, so that the largest P is exactly 1, and lse = sink exactly where the sink
-    dominates.
-    """
+    """Store out and lse of PART tokens from ``first``. m, l, sink: see ``join_sink``, which comes last, so that the
+    largest P is exactly 1."""
     PART: tl.constexpr = OPTIONS.PART
     PACK: tl.constexpr = OPTIONS.PACK
     rows = tl.arange(0, PART * PACK)
     out = matmul(p_band, v_band)
     out = matmul(p_own, v_own, out)
-    if OPTIONS.HAS_SINK:
-        keys = top
-        top = tl.maximum(top, sink)
-        top = tl.where(top == float("-inf"), 0.0, top)
-        keys = tl.exp2((keys - top) * LOG2E)
-        l = l * keys + tl.exp2((sink - top) * LOG2E)
-    else:
-        keys = 1.0
+    top, l, keys = join_sink(m, l, sink, OPTIONS.HAS_SINK)
     empty = l == 0.0
     log2_l = log2(tl.where(empty, 1.0, l), OPTIONS.NVIDIA)
     # l is 1 to a few hundred: exp2 is accurate to 1e-6, and cheaper than a division
@@ -256,12 +246,12 @@ def _window_fwd_kernel(
                 # Triton moves a branch without results after the next tile's loads, which then overlap with it
                 if first < seqlen_q:
                     finish(
-                        p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
+                        p_band, p_own, v_band, v_own, m, l, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
                         stride_ob, stride_oh, OPTIONS,
                     )  # fmt: skip
             else:
                 finish(
-                    p_band, p_own, v_band, v_own, l, top, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
+                    p_band, p_own, v_band, v_own, m, l, sink, out_ptr, lse_ptr, b, head, first, seqlen_q,
                     stride_ob, stride_oh, OPTIONS,
                 )  # fmt: skip
 
