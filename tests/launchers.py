@@ -38,7 +38,7 @@ class Launcher:
 
     @property
     def is_forward(self) -> bool:
-        return self.module.endswith(".forward")
+        return self.module.split(".")[-1].startswith("forward")
 
     @property
     def launch(self) -> Callable:
@@ -68,6 +68,14 @@ def _hopper(case: Case, target: str) -> bool:
     return target == "sm90" and hopper(case)
 
 
+def _narrow(case: Case, target: str) -> bool:
+    return _hopper(case, target) and max(case.dims) <= 64
+
+
+def _not_narrow(case: Case, target: str) -> bool:
+    return _hopper(case, target) and max(case.dims) > 64
+
+
 def _fused(case: Case, target: str) -> bool:
     return _hopper(case, target) and max(case.dims) <= 128
 
@@ -82,7 +90,8 @@ LAUNCHERS = (
     Launcher("triton_window.forward", ("_window_fwd_kernel",), _window),
     Launcher("triton_window.backward", ("_window_bwd_dq_kernel", "_window_bwd_dkv_kernel"), _window),
     Launcher("triton_hopper.backward_window", ("_hopper_window_bwd_kernel",), _window_in_one_kernel),
-    Launcher("triton_hopper.forward", ("_hopper_fwd_kernel",), _hopper),
+    Launcher("triton_hopper.forward", ("_hopper_fwd_kernel",), _narrow),
+    Launcher("triton_hopper.forward_wide", ("_hopper_wide_fwd_kernel",), _not_narrow),
     Launcher("triton_hopper.backward", ("_hopper_bwd_kernel",), _fused),
     Launcher("triton_hopper.backward_wide", ("_hopper_dkv_kernel", "_hopper_dq_kernel"), _wide),
 )

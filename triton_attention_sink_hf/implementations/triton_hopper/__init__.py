@@ -17,8 +17,7 @@ if not TRITON_VERSIONS[0] <= triton_version() <= TRITON_VERSIONS[1]:
     )
 
 from ...call import Call
-from . import backward, backward_wide
-from .forward import launch_forward
+from . import backward, backward_wide, forward, forward_wide
 
 
 def supports(call: Call) -> str | None:
@@ -56,7 +55,8 @@ def slower_reason(call: Call) -> str | None:
 def run_forward(call: Call, out: Tensor, lse: Tensor) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq) fp32."""
     if out.numel() and call.k.numel():
-        launch_forward(Problem(call), out, lse)
+        launch = (forward if max(call.q.shape[-1], call.v.shape[-1]) <= 64 else forward_wide).launch_forward
+        launch(Problem(call), out, lse)
     else:
         portable.run_forward(call, out, lse)
 

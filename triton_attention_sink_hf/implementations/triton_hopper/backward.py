@@ -2,15 +2,16 @@
 
 Three warpgroups. Two consumers own 64 keys each. They compute transposed scores and dP, keep dk and dv in registers,
 take P and dS as register operands, and write dS to a ring of two slots. The third warpgroup loads q, dout, lse and
-delta by TMA and computes dq: dS K as an fp32 tile, which TMA adds to a buffer in memory. So no barrier couples the
-consumers. A dS barrier means two things: dS is there, and both consumers are done with the q and dout of that block.
+delta by TMA and computes dq: dS K as an fp32 tile, which it adds to a buffer in memory straight from registers, 16
+bytes a thread. So the buffer has the order of registers (``dq_tile``), and blocks of queries begin at multiples of
+BLOCK_M. No barrier couples the consumers. A dS barrier means two things: dS is there, and both consumers are done with
+the q and dout of that block.
 
 dk, dv and dsink are deterministic. dq is not, because tiles are added as they arrive; so this kernel is not used when
 deterministic gradients are requested. ``backward_preprocess.py`` runs before it (delta, lse in base 2, dsink, zeros for
 dq), ``backward_postprocess.py`` after it (dq in its own dtype).
 """
 
-import torch
 import triton.language as tl
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
@@ -26,10 +27,10 @@ from ..common.primitives import LOG2E
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.reduce import sum_rows
 from ..common.relaunch import Launch
-from .backward_postprocess import postprocess_launch
+from .backward_postprocess import dq_buffer_shape, postprocess_launch
 from .backward_preprocess import new_statistics, preprocess_launch, statistics_blocks
-from .config import BACKWARD_L2_KEYS, STATISTICS_ALIGN, backward_config
-from .gluon_compat import aggregate, async_atomic_add, async_load, thread_barrier
+from .config import BACKWARD_L2_KEYS, backward_config
+from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
 from .tile_table import table_slots, tile_table
 from .vocabulary import Rows, Tiles, new_barriers
@@ -37,7 +38,7 @@ from .vocabulary import Rows, Tiles, new_barriers
 
 @aggregate
 class _Descs:
-    """What the third warpgroup loads, and the buffer that it adds dq to."""
+    """What the third warpgroup loads."""
 
     q: tma.tensor_descriptor
     dout: tma.tensor_descriptor
@@ -45,13 +46,12 @@ class _Descs:
     v: tma.tensor_descriptor
     lse: tma.tensor_descriptor
     delta: tma.tensor_descriptor
-    dq: tma.tensor_descriptor
 
 
 @aggregate
 class _Memory:
-    """Shared memory: k and v of both consumers; STAGES slots of q, dout, lse, delta; two of both consumers' dS and two
-    of 64 columns of dq; barriers."""
+    """Shared memory: k and v of both consumers; STAGES slots of q, dout, lse, delta; two of both consumers' dS;
+    barriers."""
 
     q: gl.shared_memory_descriptor
     dout: gl.shared_memory_descriptor
@@ -60,7 +60,6 @@ class _Memory:
     lse: gl.shared_memory_descriptor
     delta: gl.shared_memory_descriptor
     ds: gl.shared_memory_descriptor
-    dq: gl.shared_memory_descriptor
     kv_full: gl.shared_memory_descriptor
     full: gl.shared_memory_descriptor
     ds_full: gl.shared_memory_descriptor
@@ -84,10 +83,8 @@ def _load_block(descs, memory, slot, b, head, row, m0, BLOCK_M: gl.constexpr):
 
 
 @gluon.jit
-def _dq_part(
-    part: gl.constexpr, last: gl.constexpr, o, e, b, head, m0, zero, memory, dq_desc, BLOCK_D: gl.constexpr
-):  # fmt: skip
-    """64 columns of a dq tile: dS of both consumers times K, added to the buffer."""
+def _add_dq_part(part: gl.constexpr, e, dq_ptr, tile, zero, memory, BLOCK_D: gl.constexpr):
+    """64 columns of a tile of dq, dS of both consumers times K, added to the buffer."""
     ds0 = memory.ds.index(e * 2).permute((1, 0))
     ds1 = memory.ds.index(e * 2 + 1).permute((1, 0))
     k0 = memory.k.index(0).reshape([64, BLOCK_D]).slice(part * 64, 64, 1)
@@ -95,25 +92,24 @@ def _dq_part(
     dq = warpgroup_mma(ds0, k0, zero, use_acc=False, is_async=True)
     dq = warpgroup_mma(ds1, k1, dq, is_async=True)
     dq = warpgroup_mma_wait(0, deps=[dq])
-    if last:
+    if (part + 1) * 64 == BLOCK_D:
         mbarrier.arrive(memory.ds_empty.index(e), count=1)
-    tma.store_wait(1)
-    thread_barrier()
-    tile = memory.dq.index(o)
-    tile.reshape([64, 64]).store(dq)
-    fence_async_shared()
-    thread_barrier()
-    async_atomic_add(dq_desc, [b, head, m0, part * 64], tile)
+    # rows: (warp, half, row); columns: (group, lane, pair). A thread's two pairs of a group become neighbours.
+    dq = dq.reshape([4, 2, 8, 8, 4, 2]).permute((3, 0, 2, 4, 1, 5)).reshape([8, 512])
+    layout: gl.constexpr = dq.type.layout
+    group = gl.arange(0, 8, layout=gl.SliceLayout(1, layout))
+    at = group[:, None] * 512 + gl.arange(0, 512, layout=gl.SliceLayout(0, layout))[None, :]
+    part_ptr = dq_ptr + (tile.to(gl.int64) * (BLOCK_D // 64) + part) * 4096
+    gl.atomic_add(part_ptr + at, dq, sem="relaxed")
 
 
 @gluon.jit
 def _loader_and_dq(
-    descs, memory, keys,
-    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr, ALIGN: gl.constexpr,
+    descs, memory, keys, dq_ptr, dq_tiles,
+    BLOCK_D: gl.constexpr, STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, 64, 16])
-    PARTS: gl.constexpr = BLOCK_D // 64
-    key, _end, b, head_k, start, blocks = keys.own_tile(BLOCK_M, ALIGN)
+    key, _end, b, head_k, start, blocks = keys.own_tile(BLOCK_M, BLOCK_M)
     mbarrier.expect(memory.kv_full, 2 * descs.k.block_type.nbytes + 2 * descs.v.block_type.nbytes)
     for w in gl.static_range(2):
         async_load(descs.k, [b, head_k, key + w * 64, 0], memory.kv_full, memory.k.index(w))
@@ -143,22 +139,20 @@ def _loader_and_dq(
             if ahead == blocks:
                 ahead = 0
                 ahead_head += 1
-        for part in gl.static_range(PARTS):
-            _dq_part(
-                part, part == PARTS - 1, (c * PARTS + part) & 1, e, b, head, start + i * BLOCK_M, zero,
-                memory, descs.dq, BLOCK_D,
-            )  # fmt: skip
+        # past the last query all dS are 0, and any tile will do
+        tile = (b * keys.heads * keys.group + head) * dq_tiles + gl.minimum(start // BLOCK_M + i, dq_tiles - 1)
+        for part in gl.static_range(BLOCK_D // 64):
+            _add_dq_part(part, e, dq_ptr, tile, zero, memory, BLOCK_D)
         i += 1
         if i == blocks:
             i = 0
             head += 1
-    tma.store_wait(0)
 
 
 @gluon.jit
 def _consumer(
     w: gl.constexpr, k_rows, v_rows, dk_rows, dv_rows, memory, keys, softmax_scale,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, ALIGN: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr,
 ):  # fmt: skip
     BLOCK_D: gl.constexpr = dk_rows.BLOCK
     BLOCK_DV: gl.constexpr = dv_rows.BLOCK
@@ -172,7 +166,7 @@ def _consumer(
     dv_operand: gl.constexpr = gl.DotOperandLayout(0, dv_layout, 2)
     dtype: gl.constexpr = memory.q.dtype
     scale = softmax_scale * LOG2E
-    key, end, b, head_k, start, blocks = keys.own_tile(BLOCK_M, ALIGN)
+    key, end, b, head_k, start, blocks = keys.own_tile(BLOCK_M, BLOCK_M)
     first = key + w * 64
     lo, hi, edge, unmasked = keys.seeing(first, end, start, blocks, 64, BLOCK_M, gl.SliceLayout(1, s_layout))
     # s, dp: [keys, queries]; dk, dv: [keys, columns]
@@ -236,20 +230,32 @@ def _consumer(
     dv_rows.store(dv, first, end, b, head_k, dv_layout)
 
 
-_VARYING = ["seqlen_q", "seqlen_k", "heads_k", "group", "left", "right", "slots", "tiles", "heads", "section"]
+_VARYING = [
+    "seqlen_q",
+    "seqlen_k",
+    "heads_k",
+    "group",
+    "left",
+    "right",
+    "slots",
+    "tiles",
+    "heads",
+    "section",
+    "dq_tiles",
+]
 
 
 @gluon.jit(do_not_specialize=_VARYING)
 def _hopper_bwd_kernel(
-    q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_desc, k_ptr, v_ptr, dk_ptr, dv_ptr,
+    q_desc, dout_desc, k_desc, v_desc, lse_desc, delta_desc, dq_ptr, k_ptr, v_ptr, dk_ptr, dv_ptr,
     ranges_ptr, table_ptr,
-    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section,
+    softmax_scale, seqlen_q, seqlen_k, heads_k, group, left, right, slots, tiles, heads, section, dq_tiles,
     stride_kb, stride_kt: gl.constexpr, stride_kh, stride_kd: gl.constexpr,
     stride_vb, stride_vt: gl.constexpr, stride_vh, stride_vd: gl.constexpr,
     stride_dkb, stride_dkt: gl.constexpr, stride_dkh, stride_dkd: gl.constexpr,
     stride_dvb, stride_dvt: gl.constexpr, stride_dvh, stride_dvd: gl.constexpr,
     D: gl.constexpr, DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr,
-    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr, ALIGN: gl.constexpr,
+    STAGES: gl.constexpr, BLOCK_M: gl.constexpr, KEYS: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, DQ_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -269,7 +275,6 @@ def _hopper_bwd_kernel(
         q=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_D], q_desc.layout),
         dout=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_M, BLOCK_DV], dout_desc.layout),
         ds=gl.allocate_shared_memory(dtype, [4, 64, BLOCK_M], ds_layout),
-        dq=gl.allocate_shared_memory(gl.float32, [2, 1, 1, 64, 64], dq_desc.layout),
         lse=gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], lse_desc.layout),
         delta=gl.allocate_shared_memory(gl.float32, [STAGES, 1, BLOCK_M], delta_desc.layout),
         kv_full=gl.allocate_shared_memory(gl.int64, [1], mbarrier.MBarrierLayout()),
@@ -284,16 +289,16 @@ def _hopper_bwd_kernel(
         mbarrier.init(memory.ds_full.index(j), count=2)
         mbarrier.init(memory.ds_empty.index(j), count=1)
     fence_async_shared()
-    descs = _Descs(q=q_desc, dout=dout_desc, k=k_desc, v=v_desc, lse=lse_desc, delta=delta_desc, dq=dq_desc)
+    descs = _Descs(q=q_desc, dout=dout_desc, k=k_desc, v=v_desc, lse=lse_desc, delta=delta_desc)
     k = Rows(ptr=k_ptr, stride_b=stride_kb, stride_t=stride_kt, stride_h=stride_kh, COLUMNS=D, BLOCK=BLOCK_D)
     v = Rows(ptr=v_ptr, stride_b=stride_vb, stride_t=stride_vt, stride_h=stride_vh, COLUMNS=DV, BLOCK=BLOCK_DV)
     dk = Rows(ptr=dk_ptr, stride_b=stride_dkb, stride_t=stride_dkt, stride_h=stride_dkh, COLUMNS=D, BLOCK=BLOCK_D)
     dv = Rows(ptr=dv_ptr, stride_b=stride_dvb, stride_t=stride_dvt, stride_h=stride_dvh, COLUMNS=DV, BLOCK=BLOCK_DV)
     gl.warp_specialize(
         [
-            (_consumer, (0, k, v, dk, dv, memory, keys, softmax_scale, STAGES, BLOCK_M, ALIGN)),
-            (_consumer, (1, k, v, dk, dv, memory, keys, softmax_scale, STAGES, BLOCK_M, ALIGN)),
-            (_loader_and_dq, (descs, memory, keys, BLOCK_D, STAGES, BLOCK_M, ALIGN)),
+            (_consumer, (0, k, v, dk, dv, memory, keys, softmax_scale, STAGES, BLOCK_M)),
+            (_consumer, (1, k, v, dk, dv, memory, keys, softmax_scale, STAGES, BLOCK_M)),
+            (_loader_and_dq, (descs, memory, keys, dq_ptr, dq_tiles, BLOCK_D, STAGES, BLOCK_M)),
         ],
         [4, 4],
         [CONSUMER_REGISTERS, DQ_REGISTERS],
@@ -315,6 +320,7 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         "tiles": tiles,
         "heads": problem.batch * problem.heads_k,
         "section": section_of_heads(problem, problem.heads_k, BACKWARD_L2_KEYS),
+        "dq_tiles": dq_buffer_shape(problem)[2],
         **strides("k", call.k.stride()),
         **strides("v", call.v.stride()),
         **strides("dk", dk_strides),
@@ -322,13 +328,11 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         "STAGES": config.stages,
         "BLOCK_M": config.block_m,
         "KEYS": config.keys,
-        "ALIGN": STATISTICS_ALIGN,
         "CONSUMER_REGISTERS": config.registers[0],
         "DQ_REGISTERS": config.registers[1],
     }
     q, k, v = call.q, call.k, call.v
-    (_, seqlen, heads, d), out_shape = q.shape, (*q.shape[:3], v.shape[-1])
-    buffer_strides = (seqlen * heads * d, heads * d, d, 1)
+    out_shape = (*q.shape[:3], v.shape[-1])
     statistics = statistics_blocks(problem, config.block_m)
     blocks = {
         "q_desc": row_blocks(q.shape, q.stride(), q.dtype, config.block_m),
@@ -337,7 +341,6 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
         "v_desc": row_blocks(v.shape, v.stride(), v.dtype, 64),
         "lse_desc": statistics,
         "delta_desc": statistics,
-        "dq_desc": row_blocks(q.shape, buffer_strides, torch.float32, config.block_m, 64),
     }
     return (
         preprocess_launch(problem, out_strides, dout_strides, dlse_strides, has_buffer=True),
@@ -352,7 +355,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
     preprocess, main, postprocess = _plan(
         problem, *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv))
     )  # fmt: skip
-    buffer = lse.new_empty(call.q.shape)
+    buffer = lse.new_empty(dq_buffer_shape(problem))
     statistics, dsink_parts = new_statistics(problem, lse, dsinks is not None)
     preprocess(
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=buffer,
@@ -368,7 +371,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         v_desc=call.v,
         lse_desc=statistics[0],
         delta_desc=statistics[1],
-        dq_desc=buffer,
+        dq_ptr=buffer,
         k_ptr=call.k,
         v_ptr=call.v,
         dk_ptr=dk,

@@ -8,7 +8,7 @@ from ..common.primitives import LOG2E, exp
 from ..common.problem import Problem, ceil_div, dlse_arguments, next_power_of_2, strides
 from ..common.relaunch import Blocks, Launch
 from .config import ROWWISE_ROWS
-from .launch import copy_blocks
+from .launch import copy_blocks, padded
 
 
 @triton.jit
@@ -17,7 +17,7 @@ def _hopper_bwd_preprocess_kernel(
     seqlen_q, padded_q, heads_q, tiles,
     stride_ob, stride_ot, stride_oh, stride_od, stride_dob, stride_dot, stride_doh, stride_dod,
     stride_dlb, stride_dlh, stride_dlt,
-    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_BUFFER: tl.constexpr, D: tl.constexpr, DV: tl.constexpr,
+    HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_BUFFER: tl.constexpr, DV: tl.constexpr,
     BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, ROWS: tl.constexpr,
 ):  # fmt: skip
     """statistics (2, B Hq, padded_q): lse in base 2 (inf where P must be 0) and delta; dsink's parts; zeros for dq."""
@@ -44,16 +44,15 @@ def _hopper_bwd_preprocess_kernel(
     tl.store(statistics, tl.where(base_2 == float("-inf"), float("inf"), base_2))
     tl.store(statistics + tl.num_programs(2).to(tl.int64) * heads_q * padded_q, delta)
     if HAS_BUFFER:
-        d = tl.arange(0, BLOCK_D)[None, :]
-        buffer = buffer_ptr + ((b * seqlen_q + rows) * heads_q + h) * D + d
-        tl.store(buffer, tl.zeros([ROWS, BLOCK_D], tl.float32), mask=valid[:, None] & (d < D))
+        zeros = tl.zeros([ROWS * BLOCK_D], tl.float32)
+        tl.store(buffer_ptr + (head * padded_q + tile * ROWS) * BLOCK_D + tl.arange(0, ROWS * BLOCK_D), zeros)
     if HAS_SINK:
         p_sink = tl.where(lse == float("-inf"), 0.0, exp(tl.load(sink_ptr + h).to(tl.float32) - lse))
         tl.store(dsink_ptr + (b * tiles + tile) * heads_q + h, -tl.sum(p_sink * delta, 0))
 
 
 def preprocess_launch(problem: Problem, out_strides, dout_strides, dlse_strides, has_buffer: bool) -> Launch:
-    """The launch; with ``has_buffer`` it zeroes an fp32 buffer for dq (B, Sq, Hq, D)."""
+    """The launch; with ``has_buffer`` it zeroes an fp32 buffer for dq, ``dq_buffer_shape``."""
     call, tiles = problem.call, ceil_div(problem.seqlen_q, ROWWISE_ROWS)
     return Launch(
         _hopper_bwd_preprocess_kernel,
@@ -67,9 +66,8 @@ def preprocess_launch(problem: Problem, out_strides, dout_strides, dlse_strides,
         **dlse_arguments(dlse_strides),
         HAS_SINK=call.sinks is not None,
         HAS_BUFFER=has_buffer,
-        D=call.q.shape[-1],
         DV=call.v.shape[-1],
-        BLOCK_D=next_power_of_2(call.q.shape[-1]),
+        BLOCK_D=padded(call.q.shape[-1]),
         BLOCK_DV=next_power_of_2(call.v.shape[-1]),
         ROWS=ROWWISE_ROWS,
     )

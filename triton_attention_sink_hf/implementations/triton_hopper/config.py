@@ -21,37 +21,37 @@ def triton_version() -> tuple[int, int]:
 
 
 class ForwardConfig(NamedTuple):
-    """Launch numbers of the forward.
+    """Launch numbers of a forward.
 
     Attributes:
-        consumers: of a program; a tile has 64 query rows for each.
-        block_n, stages: keys of a slot and slots of the K and V ring.
-        q_buffers: 2 lets the next tile's queries load during this one.
-        pingpong: consumers take turns at the tensor cores.
+        block_n, stages: keys of a slot and slots of the K and V rings.
+        q_buffers: 2 let the next tile's queries load during this one; 3 let the output leave through one meanwhile.
         registers: of a consumer, of the producer.
         l2_bytes: K and V of the heads that are worked on side by side.
+        pingpong: consumers take turns at the tensor cores.
+        exact_keys: tiles that see no more keep exact maxima throughout.
     """
 
-    consumers: int
     block_n: int
     stages: int
     q_buffers: int
-    pingpong: bool
     registers: tuple[int, int]
     l2_bytes: int
+    pingpong: bool = True
+    exact_keys: int | None = None
 
 
-# By the wider padded head dimension. Above 64 a consumer needs 240 registers a thread, and two such fill an SM.
-_FORWARD = {
-    64: ForwardConfig(3, block_n=128, stages=3, q_buffers=2, pingpong=True, registers=(160, 32), l2_bytes=16 * MIB),
-    128: ForwardConfig(2, block_n=128, stages=2, q_buffers=2, pingpong=False, registers=(240, 24), l2_bytes=64 * MIB),
+FORWARD = ForwardConfig(block_n=128, stages=3, q_buffers=2, registers=(160, 32), l2_bytes=16 * MIB)
+# By the wider padded head dimension. A consumer needs 240 registers a thread, and two such fill an SM.
+_WIDE_FORWARD = {
+    128: ForwardConfig(128, 2, 3, registers=(240, 24), l2_bytes=64 * MIB, pingpong=False, exact_keys=1024),
     # shared memory holds one q buffer and two slots of 64 keys
-    256: ForwardConfig(2, block_n=64, stages=2, q_buffers=1, pingpong=False, registers=(240, 24), l2_bytes=64 * MIB),
+    256: ForwardConfig(64, 2, 1, registers=(240, 24), l2_bytes=32 * MIB, exact_keys=1024),
 }
 
 
-def forward_config(problem: Problem) -> ForwardConfig:
-    return _FORWARD[max(problem.block_d, problem.block_dv, 64)]
+def wide_forward_config(problem: Problem) -> ForwardConfig:
+    return _WIDE_FORWARD[max(problem.block_d, problem.block_dv)]
 
 
 class BackwardConfig(NamedTuple):
@@ -73,8 +73,8 @@ class BackwardConfig(NamedTuple):
 MAX_FUSED_DIM = 128  # wider dk and dv do not fit the registers of two consumers beside dq
 BACKWARD_L2_KEYS = 16384  # of the key heads that are worked on side by side
 _BACKWARD = {
-    64: BackwardConfig(stages=4, registers=(216, 72)),
-    128: BackwardConfig(stages=2, registers=(216, 72)),
+    64: BackwardConfig(stages=3, registers=(216, 72)),
+    128: BackwardConfig(stages=3, registers=(216, 72)),
 }
 
 

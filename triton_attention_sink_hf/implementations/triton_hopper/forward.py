@@ -1,8 +1,8 @@
-"""Hopper forward in Gluon: one producer warp, two or three consumer warpgroups of 64 query rows each.
+"""Hopper forward in Gluon for heads up to 64: one producer warp, three consumer warpgroups of 64 query rows each.
 
 The producer fills a ring with K and V by TMA. A consumer computes the softmax of one block of scores, then issues this
-block's P V and the next block's scores together. So its exponentials overlap the products of the other consumers. With
-PINGPONG the consumers take turns at the tensor cores, by named barriers. P stays in registers.
+block's P V and the next block's scores together. So its exponentials overlap the products of the other consumers, which
+take turns at the tensor cores (ping-pong, by named barriers). P stays in registers.
 
 Programs are persistent. The next block may be the first of the next tile, so the pipeline never drains. Heavy tiles
 come first, in sections of heads whose keys fit L2.
@@ -22,20 +22,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 from ..common.primitives import LN2, LOG2E
 from ..common.problem import Problem, ceil_div, multiprocessors, planned, strides
 from ..common.relaunch import Launch
-from .config import forward_config
+from .config import FORWARD
 from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
 from .tile_table import table_slots, tile_table
 from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
+CONSUMERS: gl.constexpr = gl.constexpr(3)
+TILE = 64 * 3  # query rows of a program
 FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton numbers its own from 0
 
 
 @aggregate
 class _Memory:
     """Shared memory: 64 rows of q for each of CONSUMERS in Q_BUFFERS buffers; a ring of STAGES slots, each with a block
-    of BLOCK_N keys and the values of the block before; barriers. PINGPONG: consumers take turns at the tensor cores."""
+    of BLOCK_N keys and the values of the block before; barriers."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -47,10 +49,8 @@ class _Memory:
     BLOCK_N: gl.constexpr
     BLOCK_D: gl.constexpr
     BLOCK_DV: gl.constexpr
-    CONSUMERS: gl.constexpr
     STAGES: gl.constexpr
     Q_BUFFERS: gl.constexpr
-    PINGPONG: gl.constexpr
 
     @gluon.jit
     def queries(self, buffer):
@@ -83,7 +83,6 @@ def _load_pair(k_desc, v_desc, memory, c, b, head, n0, v_b, v_head, v_n0):
 @gluon.jit
 def _producer(q_desc, k_desc, v_desc, memory, queries):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
-    CONSUMERS: gl.constexpr = memory.CONSUMERS
     STAGES: gl.constexpr = memory.STAGES
     Q_BUFFERS: gl.constexpr = memory.Q_BUFFERS
     c = 0
@@ -167,15 +166,14 @@ def _step(
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
     mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
-    if memory.PINGPONG:
-        _wait_for_turn(w)
+    _wait_for_turn(w)
     k = memory.keys(slot)
     # P V first: else its rescaling and rounding can be scheduled between the instructions of Q K
     acc = warpgroup_mma(p, memory.values(slot), acc, use_acc=True, is_async=True)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if memory.PINGPONG:  # the next consumer's products queue behind this one's last
-        s, acc = warpgroup_mma_wait(1, deps=[s, acc])
-        _pass_turn_to((w + 1) % memory.CONSUMERS)
+    # the next consumer's products queue behind this one's last
+    s, acc = warpgroup_mma_wait(1, deps=[s, acc])
+    _pass_turn_to((w + 1) % CONSUMERS)
     s, acc = warpgroup_mma_wait(0, deps=[s, acc])
     mbarrier.arrive(memory.empty.index(slot), count=1)
     return s, acc, m, l
@@ -186,9 +184,8 @@ def _skip(c, memory, w: gl.constexpr):
     """Release slot c unused, once it is filled: until then the other consumers may still read its old content."""
     slot = c % memory.STAGES
     mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
-    if memory.PINGPONG:
-        _wait_for_turn(w)
-        _pass_turn_to((w + 1) % memory.CONSUMERS)
+    _wait_for_turn(w)
+    _pass_turn_to((w + 1) % CONSUMERS)
     mbarrier.arrive(memory.empty.index(slot), count=1)
 
 
@@ -197,13 +194,11 @@ def _scores(c, buffer, memory, zero, w: gl.constexpr):
     """Scores of the block whose K is in slot c. The V there is of a block that these rows do not see."""
     slot = c % memory.STAGES
     mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
-    if memory.PINGPONG:
-        _wait_for_turn(w)
+    _wait_for_turn(w)
     q = memory.queries(buffer)
     k = memory.keys(slot)
     s = warpgroup_mma(q, k.permute((1, 0)), zero, use_acc=False, is_async=True)
-    if memory.PINGPONG:
-        _pass_turn_to((w + 1) % memory.CONSUMERS)
+    _pass_turn_to((w + 1) % CONSUMERS)
     s = warpgroup_mma_wait(0, deps=[s])
     mbarrier.arrive(memory.empty.index(slot), count=1)
     return s
@@ -213,11 +208,9 @@ def _scores(c, buffer, memory, zero, w: gl.constexpr):
 def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK: gl.constexpr):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     BLOCK_DV: gl.constexpr = memory.BLOCK_DV
-    CONSUMERS: gl.constexpr = memory.CONSUMERS
     Q_BUFFERS: gl.constexpr = memory.Q_BUFFERS
     HAS_LEFT: gl.constexpr = queries.HAS_BEFORE
     PACKED: gl.constexpr = queries.PACKED
-    SKIPS: gl.constexpr = BLOCK_DV <= 128  # above 128 there are no registers left for skipping
     SHARED: gl.constexpr = PACKED and not HAS_LEFT  # short segments share a tile: rows may not see its first keys
     s_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_N, 16])
     acc_layout: gl.constexpr = gl.NVMMADistributedLayout([3, 0], [4, 1], [16, BLOCK_DV, 16])
@@ -229,7 +222,7 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
     zero = gl.zeros([64, BLOCK_N], gl.float32, layout=s_layout)
     count = queries.count()
     items = count * queries.total
-    if memory.PINGPONG and w == CONSUMERS - 1:  # consumer 0 starts; each block takes one round of turns
+    if w == CONSUMERS - 1:  # consumer 0 starts; each block takes one round of turns
         _pass_turn_to(0)
     some = gl.program_id(0) < items
     mbarrier.wait(memory.q_full.index(w), 0, pred=some)
@@ -261,7 +254,7 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
             next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
         token = first + w * 64
         own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
-        own = gl.maximum(own, 1) if SKIPS else n
+        own = gl.maximum(own, 1)
         rows = token + gl.arange(0, 64, layout=row_layout)
         lo, hi = queries.interval(rows, end)
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
@@ -270,7 +263,7 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         n0 = start + (own - 1) * BLOCK_N
         buffer = i % Q_BUFFERS * CONSUMERS + w
         # s holds the scores of block n - 1. If these rows do not see blocks own to n - 1, skip to block own - 1.
-        if SKIPS and own < n:
+        if own < n:
             for _ in range(own, n - 1):
                 _skip(c, memory, w)
                 c += 1
@@ -321,13 +314,10 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), acc_row_layout)
         gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
-        if BLOCK_DV <= 64:  # wide stores; larger heads leave no shared memory to convert the layout
-            store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
-            out = gl.convert_layout(out, store_layout)
-        else:
-            store_layout: gl.constexpr = acc_layout
+        store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
+        out = gl.convert_layout(out, store_layout)  # for wide stores
         out_rows.store(out, token, end, b, head, store_layout)
-    if memory.PINGPONG and w == 0:
+    if w == 0:
         _wait_for_turn(0)
 
 
@@ -340,8 +330,7 @@ def _hopper_fwd_kernel(
     softmax_scale, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section,
     stride_ob, stride_ot: gl.constexpr, stride_oh, stride_od: gl.constexpr,
     DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
-    CONSUMERS: gl.constexpr, STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr,
-    PINGPONG: gl.constexpr, HAS_SINK: gl.constexpr,
+    STAGES: gl.constexpr, Q_BUFFERS: gl.constexpr, HAS_SINK: gl.constexpr,
     HAS_LEFT: gl.constexpr, HAS_RIGHT: gl.constexpr, PACKED: gl.constexpr,
     CONSUMER_REGISTERS: gl.constexpr, PRODUCER_REGISTERS: gl.constexpr,
 ):  # fmt: skip
@@ -358,7 +347,7 @@ def _hopper_fwd_kernel(
         q_full=new_barriers(Q_BUFFERS * CONSUMERS), q_empty=new_barriers(Q_BUFFERS * CONSUMERS),
         full=new_barriers(STAGES), empty=new_barriers(STAGES),
         BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        CONSUMERS=CONSUMERS, STAGES=STAGES, Q_BUFFERS=Q_BUFFERS, PINGPONG=PINGPONG,
+        STAGES=STAGES, Q_BUFFERS=Q_BUFFERS,
     )  # fmt: skip
     for j in gl.static_range(Q_BUFFERS * CONSUMERS):
         mbarrier.init(memory.q_full.index(j), count=1)
@@ -369,38 +358,25 @@ def _hopper_fwd_kernel(
     fence_async_shared()
     out = Rows(ptr=out_ptr, stride_b=stride_ob, stride_t=stride_ot, stride_h=stride_oh, COLUMNS=DV, BLOCK=BLOCK_DV)
     # constexprs survive only in tuples written out here
-    if CONSUMERS == 3:
-        gl.warp_specialize(
-            [
-                (_consumer, (0, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-                (_consumer, (1, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-                (_consumer, (2, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-                (_producer, (q_desc, k_desc, v_desc, memory, queries)),
-            ],
-            [4, 4, 1],
-            [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
-    else:
-        gl.warp_specialize(
-            [
-                (_consumer, (0, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-                (_consumer, (1, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-                (_producer, (q_desc, k_desc, v_desc, memory, queries)),
-            ],
-            [4, 1],
-            [CONSUMER_REGISTERS, PRODUCER_REGISTERS],
-        )
+    gl.warp_specialize(
+        [
+            (_consumer, (0, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+            (_consumer, (1, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+            (_consumer, (2, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+            (_producer, (q_desc, k_desc, v_desc, memory, queries)),
+        ],
+        [4, 4, 1],
+        [CONSUMER_REGISTERS, CONSUMER_REGISTERS, PRODUCER_REGISTERS],
+    )
 
 
 @planned
-def _plan(problem: Problem, out_strides) -> tuple:
-    """Rows of a tile, launch."""
-    call, mask, config = problem.call, problem.call.mask, forward_config(problem)
-    tile = 64 * config.consumers
+def _plan(problem: Problem, out_strides) -> Launch:
+    call, mask, config = problem.call, problem.call.mask, FORWARD
     heads = problem.batch * problem.heads_q
     bytes_per_key = (call.k.shape[-1] + call.v.shape[-1]) * call.k.element_size()
-    slots = table_slots(problem.seqlen_q, tile)
-    tiles = slots if mask.packed else ceil_div(problem.seqlen_q, tile)
+    slots = table_slots(problem.seqlen_q, TILE)
+    tiles = slots if mask.packed else ceil_div(problem.seqlen_q, TILE)
     constants = {
         **call_constants(problem),
         "heads_q": problem.heads_q,
@@ -410,10 +386,8 @@ def _plan(problem: Problem, out_strides) -> tuple:
         "section": section_of_heads(problem, problem.heads_q, config.l2_bytes // bytes_per_key),
         **strides("o", out_strides),
         "BLOCK_N": config.block_n,
-        "CONSUMERS": config.consumers,
         "STAGES": config.stages,
         "Q_BUFFERS": config.q_buffers,
-        "PINGPONG": config.pingpong,
         "HAS_SINK": call.sinks is not None,
         "CONSUMER_REGISTERS": config.registers[0],
         "PRODUCER_REGISTERS": config.registers[1],
@@ -425,13 +399,13 @@ def _plan(problem: Problem, out_strides) -> tuple:
         "v_desc": row_blocks(v.shape, v.stride(), v.dtype, config.block_n),
     }
     grid = (min(tiles * heads, multiprocessors(q.device)),)
-    return tile, Launch(_hopper_fwd_kernel, grid, blocks, **constants)
+    return Launch(_hopper_fwd_kernel, grid, blocks, **constants)
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    tile, launch = _plan(problem, out.stride())
+    launch = _plan(problem, out.stride())
     ranges = problem.ranges
     unused = lse  # warp_specialize passes no None
     launch(
@@ -442,5 +416,5 @@ def launch_forward(problem: Problem, out, lse) -> None:
         lse_ptr=lse,
         sink_ptr=unused if problem.sinks is None else problem.sinks,
         ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, tile),
+        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, TILE),
     )

@@ -7,20 +7,9 @@ from triton.experimental.gluon.language.nvidia.hopper import tma
 if hasattr(tma, "async_load"):
     async_load = tma.async_load
     async_store = tma.async_store
-    async_atomic_add = tma.async_atomic_add
 else:
-    from triton._C.libtriton import ir
-    from triton.experimental.gluon.language._core import builtin
-
     async_load = tma.async_copy_global_to_shared
     async_store = tma.async_copy_shared_to_global
-
-    @builtin
-    def async_atomic_add(tensor_desc, coord, src, _semantic=None):
-        """Add a tile in shared memory to global memory. Gluon 3.6 has the binding but does not export it."""
-        coord = _semantic._convert_to_ir_values(coord, require_i64=False)
-        _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, tensor_desc.handle, coord, src.handle)
-
 
 thread_barrier = gl.thread_barrier if hasattr(gl, "thread_barrier") else gl.barrier
 
