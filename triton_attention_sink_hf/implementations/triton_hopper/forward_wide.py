@@ -10,6 +10,8 @@ shorter than the other warpgroup's products. So:
 - K and V have rings of their own and one barrier together. The output leaves by TMA through the tile's own q buffer.
 
 Programs are persistent, as in ``forward.py``.
+
+Over 400 lines: producer, consumer and launch are one pipeline, read together.
 """
 
 from triton.experimental import gluon

@@ -1,8 +1,9 @@
 """Softmax of a block of scores in registers, against exact maxima or guarded.
 
 Guarded: exponentials against the maxima so far. That needs no maximum, no shuffle and no rescaling. P may then exceed
-1, which costs no precision, because rounding is relative. Where a thread's sum of a row passes the limit, its warp takes
-the maxima again from the scores that it still holds. NaN and inf end up where exact maxima leave them: in the row's sum.
+1, which costs no precision, because rounding is relative. Where a thread's sum of a row passes the limit, its warp
+takes the maxima again from the scores that it still holds. NaN and inf end up where exact maxima leave them: in the
+row's sum.
 
 Gluon has no branch per warp. A predicate declared for the whole kernel carries a warp's vote to a scalar.
 """
