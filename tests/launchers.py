@@ -84,7 +84,12 @@ def _wide(case: Case, target: str) -> bool:
     return _hopper(case, target) and max(case.dims) > 128
 
 
+def _decode(case: Case, target: str) -> bool:
+    return case.lengths_q is None
+
+
 LAUNCHERS = (
+    Launcher("triton_decode.forward", ("_decode_fwd_kernel",), _decode),
     Launcher("triton.forward", ("_attn_fwd_kernel",), _any),
     Launcher("triton.backward", ("_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"), _any),
     Launcher("triton_window.forward", ("_window_fwd_kernel",), _window),

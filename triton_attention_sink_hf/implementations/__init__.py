@@ -11,7 +11,9 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
-KERNELS = ("triton_window", "triton_hopper", "triton")  # fastest first; the last one supports what any other does
+# fastest first; the last one supports what any other does, but for pages and left padding
+KERNELS = ("triton_decode", "triton_window", "triton_hopper", "triton")
+CACHES = "triton_decode"  # reads pages and left padding where they are
 REFERENCE = "reference"
 
 
@@ -19,7 +21,9 @@ REFERENCE = "reference"
 def load(name: str) -> ModuleType:
     """Import the backend ``name``; ImportError if what it needs is not installed."""
     # import statements, because torch.compile traces them and not importlib
-    if name == "triton_window":
+    if name == "triton_decode":
+        from . import triton_decode as backend
+    elif name == "triton_window":
         from . import triton_window as backend
     elif name == "triton_hopper":
         from . import triton_hopper as backend
