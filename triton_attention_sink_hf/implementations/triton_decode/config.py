@@ -8,7 +8,6 @@ from ...masks import MAX_ROWS as MAX_KEYS
 from ..common.problem import ceil_div, multiprocessors, next_power_of_2
 
 MAX_QUERIES = 16  # from more on, the forward kernels reuse a loaded key often enough
-MAX_ROWS = 64  # of a tile, tokens times heads: 4 warps hold their fp32 scores and accumulator
 
 
 @dataclass(frozen=True)
@@ -18,22 +17,24 @@ class DecodeConfig:
     Attributes:
         block_n: keys of a tile. num_warps, num_stages: see Triton; all but one stage are bytes in flight.
         per_sm: programs that an SM holds at once.
+        max_rows: of a tile, tokens times heads; more would not fit the registers.
     """
 
     block_n: int
     num_warps: int
     num_stages: int
     per_sm: int
+    max_rows: int = 64
 
 
 # An H100 needs about 40 KB in flight per SM: 3.35 TB/s times 1.5 us of latency under load, over 132 SMs.
 _CONFIGS = {
     "narrow": DecodeConfig(64, num_warps=2, num_stages=3, per_sm=4),
     "medium": DecodeConfig(64, num_warps=4, num_stages=3, per_sm=2),
-    "wide": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=2),
-    "fp32 narrow": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=4),
-    "fp32 medium": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=2),
-    "fp32 wide": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2),
+    "wide": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=2, max_rows=32),
+    "fp32 narrow": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=4, max_rows=32),
+    "fp32 medium": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2, max_rows=16),
+    "fp32 wide": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2, max_rows=16),
 }
 
 START = 2  # tiles that a program's start and end cost: its loads wait for nothing before them
@@ -41,24 +42,24 @@ REDUCE = 4  # tiles that the second launch costs
 MAX_REDUCE = 64  # partial results that a program of the reduction holds at once
 
 
-def pack(problem) -> int:
-    """Query heads in the rows of one tile: all of a key head's, or its largest divisor that MAX_ROWS allows."""
-    group = problem.heads_q // problem.heads_k
-    return next(n for n in range(min(group, MAX_ROWS), 0, -1) if group % n == 0)
-
-
-def block_m(problem) -> int:
-    """Rows of a tile, tokens times heads; a matrix product takes at least 16."""
-    return min(max(next_power_of_2(problem.seqlen_q * pack(problem)), 16), MAX_ROWS)
-
-
 def decode_config(problem) -> DecodeConfig:
     width = max(problem.block_d, problem.block_dv)
     name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide"
     config = _CONFIGS[f"fp32 {name}" if problem.call.q.element_size() == 4 else name]
-    if block_m(problem) > 16 and config.num_warps < 4:
+    if block_m(problem, config) > 16 and config.num_warps < 4:
         config = replace(config, num_warps=4)  # more rows, more registers
     return config
+
+
+def pack(problem, config: DecodeConfig) -> int:
+    """Query heads in the rows of one tile: all of a key head's, or its largest divisor that fits."""
+    group = problem.heads_q // problem.heads_k
+    return next(n for n in range(min(group, config.max_rows), 0, -1) if group % n == 0)
+
+
+def block_m(problem, config: DecodeConfig) -> int:
+    """Rows of a tile, tokens times heads; a matrix product takes at least 16."""
+    return min(max(next_power_of_2(problem.seqlen_q * pack(problem, config)), 16), config.max_rows)
 
 
 def most_keys(problem, tokens: int) -> int:
@@ -75,8 +76,9 @@ def splits(problem, config: DecodeConfig) -> int:
     Made of sizes that the host knows, so a CUDA graph may be captured. What fills whole waves of programs wins: the
     time is that of the waves, each as long as a program's tiles.
     """
-    tokens = block_m(problem) // pack(problem)
-    programs = problem.batch * (problem.heads_q // pack(problem)) * ceil_div(problem.seqlen_q, tokens)
+    heads = pack(problem, config)
+    tokens = block_m(problem, config) // heads
+    programs = problem.batch * (problem.heads_q // heads) * ceil_div(problem.seqlen_q, tokens)
     slots = multiprocessors(problem.call.q.device) * config.per_sm
     tiles = max(ceil_div(most_keys(problem, tokens), config.block_n), 1)
 
@@ -84,4 +86,4 @@ def splits(problem, config: DecodeConfig) -> int:
         waves = ceil_div(programs * n, slots)
         return waves * (ceil_div(tiles, n) + START) + (REDUCE if n > 1 else 0)
 
-    return min(range(1, min(tiles, max(2 * slots // programs, 1)) + 1), key=time)
+    return min(range(1, min(tiles, max(8 * slots // programs, 1)) + 1), key=time)

@@ -204,7 +204,7 @@ def _table(problem: Problem) -> torch.Tensor | None:
 def _plan(problem: Problem, out_strides) -> tuple[Launch, int]:
     """The launch and its number of splits."""
     call, config = problem.call, decode_config(problem)
-    table, heads, rows = _table(problem), pack(problem), block_m(problem)
+    table, heads, rows = _table(problem), pack(problem, config), block_m(problem, config)
     n_splits = splits(problem, config)
     tiles = ceil_div(problem.seqlen_q, rows // heads)
     launch = Launch(
