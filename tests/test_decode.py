@@ -1,7 +1,7 @@
 """The decode kernels, interpreted on a CPU in fp32 and fp16: few queries on a cache, against fp64.
 
-The interpreter counts as a GPU with 4 SMs, so most calls here are split. Memory that nobody wrote is NaN, and a load or a
-store outside the tensors fails.
+The interpreter counts as a GPU with 4 SMs, so most calls here are split. Memory that nobody wrote is NaN, and a load or
+a store outside the tensors fails.
 """
 
 from dataclasses import replace
@@ -26,45 +26,46 @@ pytestmark = [
 
 FP16 = torch.float16
 CASES = {
-    "one query": Case(1, 700),
+    "one query": Case(1, 260),
     "one key": Case(1, 1),
-    "batch": Case(1, 300, batch=3, heads=(8, 2)),
-    "no sinks": Case(1, 300, sinks=None),
-    "4 queries": Case(4, 333, batch=2),
-    "16 queries": Case(16, 500, heads=(4, 2)),
-    "more queries than a tile": Case(40, 300, heads=(8, 1), head_dim=16),
+    "batch": Case(1, 150, batch=3, heads=(8, 2)),
+    "no sinks": Case(1, 150, sinks=None),
+    "4 queries": Case(4, 133, batch=2),
+    "16 queries": Case(16, 200, heads=(4, 2)),
+    "more queries than a tile": Case(40, 150, heads=(4, 1), head_dim=16),
     "more queries than keys": Case(9, 5),
-    "bidirectional": Case(3, 300, causal=False),
-    "window": Case(1, 700, window=(127, 0)),
-    "window of one": Case(2, 700, window=(0, 0)),
-    "window, 5 queries": Case(5, 400, batch=2, window=(63, 0)),
-    "window both sides": Case(3, 400, causal=False, window=(100, 2)),
-    "window right only": Case(5, 300, causal=False, window=(-1, 3)),
+    "bidirectional": Case(3, 150, causal=False),
+    "window": Case(1, 260, window=(127, 0)),
+    "window of one": Case(2, 150, window=(0, 0)),
+    "window, 5 queries": Case(5, 200, batch=2, window=(63, 0)),
+    "window both sides": Case(3, 200, causal=False, window=(100, 2)),
+    "window right only": Case(5, 150, causal=False, window=(-1, 3)),
     "window larger than the cache": Case(2, 90, window=(1000, 0)),
-    "lengths": Case(1, 400, batch=4, used=(400, 0, 1, 129)),
+    "lengths": Case(1, 200, batch=4, used=(200, 0, 1, 129)),
     "lengths, 3 queries": Case(3, 200, batch=4, used=(2, 0, 200, 65), window=(50, 0)),
-    "left padding": Case(1, 300, batch=3, padding="left"),
-    "right padding": Case(2, 300, batch=2, padding="right"),
-    "holes and lengths": Case(2, 300, batch=2, padding="holes", used=(222, 300)),
-    "softcap": Case(2, 300, softcap=3.0),
+    "left padding": Case(1, 150, batch=3, padding="left"),
+    "right padding": Case(2, 150, batch=2, padding="right"),
+    "holes and lengths": Case(2, 150, batch=2, padding="holes", used=(122, 150)),
+    "softcap": Case(2, 150, softcap=3.0),
     "scale of 0": Case(2, 100, softmax_scale=0.0),
     "negative scale": Case(2, 100, softmax_scale=-0.3, window=(40, 0)),
     "values narrower": Case(2, 150, head_dim=(40, 24)),
     "values wider": Case(2, 150, head_dim=(16, 80)),
-    "D 64": Case(1, 400, heads=(8, 1), head_dim=64),
-    "D 80": Case(1, 300, heads=(8, 2), head_dim=80),
-    "D 128": Case(1, 300, heads=(8, 2), head_dim=128),
+    "D 64": Case(1, 200, heads=(8, 1), head_dim=64),
+    "D 80": Case(1, 150, heads=(8, 2), head_dim=80),
+    "D 128": Case(1, 150, heads=(8, 2), head_dim=128),
     "D 192/128": Case(1, 200, heads=(8, 1), head_dim=(192, 128)),
     "D 256": Case(2, 200, heads=(2, 1), head_dim=256),
     "D 1": Case(1, 200, head_dim=1),
-    "heads before tokens": Case(2, 300, batch=2, layout="bhsd"),
-    "sliced": Case(2, 300, batch=2, layout="sliced"),
-    "expanded": Case(2, 300, batch=2, layout="expanded"),
-    "fp16": Case(1, 500, batch=2, heads=(8, 1), head_dim=64, dtype=FP16),
-    "fp16 16 queries": Case(16, 300, heads=(8, 1), head_dim=64, dtype=FP16, window=(100, 0)),
-    "fp16 lengths": Case(1, 300, batch=3, dtype=FP16, used=(0, 300, 20)),
-    **{f"group of {n}": Case(3, 200, batch=2, heads=(2 * n, 2), head_dim=16) for n in (1, 2, 3, 5, 7, 8, 12, 16)},
-    "group of 80": Case(1, 200, heads=(80, 1), head_dim=16),
+    "heads before tokens": Case(2, 150, batch=2, layout="bhsd"),
+    "sliced": Case(2, 150, batch=2, layout="sliced"),
+    "expanded": Case(2, 150, batch=2, layout="expanded"),
+    "fp16": Case(1, 200, batch=2, heads=(8, 1), head_dim=64, dtype=FP16),
+    "fp16 16 queries": Case(16, 150, heads=(8, 1), head_dim=64, dtype=FP16, window=(100, 0)),
+    "fp16 lengths": Case(1, 150, batch=3, dtype=FP16, used=(0, 150, 20)),
+    **{f"group of {n}": Case(2, 100, heads=(2 * n, 2), head_dim=16) for n in (1, 2, 3, 5)},
+    **{f"group of {n}": Case(2, 100, heads=(n, 1), head_dim=16) for n in (7, 8, 12, 16)},
+    "group of 80": Case(1, 40, heads=(80, 1), head_dim=16),
 }  # fmt: skip
 
 
@@ -130,8 +131,8 @@ def paged(k, v, page_size: int, seed: int = 0):
 @pytest.mark.parametrize(
     "case",
     [
-        Case(1, 300, batch=3, used=(300, 0, 77)),
-        Case(5, 300, batch=2, used=(300, 3), window=(50, 0)),
+        Case(1, 150, batch=3, used=(150, 0, 77)),
+        Case(5, 150, batch=2, used=(150, 3), window=(50, 0), heads=(2, 1)),
         Case(2, 130, batch=2, used=(130, 64), heads=(8, 1), head_dim=(64, 24), dtype=FP16, softcap=4.0),
     ],
     ids=["one query", "window", "fp16 softcap"],
@@ -163,10 +164,8 @@ def test_strided_block_table():
     inputs = make_inputs(case)
     k, v, table = paged(inputs.k, inputs.v, 16)
     for strided in (table.t().contiguous().t(), torch.cat([table, table], 1)[:, :6]):
-        out = attention_sink(
-            inputs.q, k, v, inputs.sinks, block_table=strided, implementation="triton_decode"
-        )
-        assert torch.equal(out, forward_of(case, inputs)["out"]) or torch.allclose(out, forward_of(case, inputs)["out"])
+        out = attention_sink(inputs.q, k, v, inputs.sinks, block_table=strided, implementation="triton_decode")
+        torch.testing.assert_close(out, forward_of(case, inputs)["out"])
 
 
 @pytest.mark.parametrize("page_size", [None, 16])
@@ -272,9 +271,7 @@ def test_compiled(pages):
     k, v, table = paged(inputs.k, inputs.v, 16) if pages else (inputs.k, inputs.v, None)
 
     def step(q, k, v, used):
-        return attention_sink(
-            q, k, v, inputs.sinks, seqused_k=used, block_table=table, implementation="triton_decode"
-        )  # fmt: skip
+        return attention_sink(q, k, v, inputs.sinks, seqused_k=used, block_table=table, implementation="triton_decode")
 
     torch._dynamo.reset()
     compiled = torch.compile(step, backend="eager", fullgraph=True)

@@ -5,7 +5,7 @@ Defaults are flash-attn's (``causal=False``). An argument that cannot be honoure
 
 from __future__ import annotations
 
-from functools import cache
+import functools
 from importlib.util import find_spec
 
 import torch
@@ -198,7 +198,7 @@ def _append(
     return cache_seqlens + k.shape[1]
 
 
-@cache
+@functools.cache
 def _has_triton() -> bool:
     return find_spec("triton") is not None
 

@@ -164,14 +164,13 @@ def attention_sink(
         q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
-    if block_table is not None or leftpad_k is not None:
-        if _differentiated(call) or implementation not in ("auto", CACHES) or _choose(call, implementation) != CACHES:
-            k, v, key_padding_mask = _plain_cache(call)
-            return attention_sink(
-                q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-                key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic,
-                return_lse=return_lse, implementation=implementation,
-            )  # fmt: skip
+    if (block_table is not None or leftpad_k is not None) and not _read_in_place(call, implementation):
+        k, v, key_padding_mask = _plain_cache(call)
+        return attention_sink(
+            q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+            key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
+            implementation=implementation,
+        )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
         if implementation == "auto" and q.device.type not in ("cpu", "meta"):
@@ -277,9 +276,12 @@ def _choose(call: Call, implementation: str) -> str:
     return name
 
 
-def _differentiated(call: Call) -> bool:
+def _read_in_place(call: Call, implementation: str) -> bool:
+    """Whether a kernel reads the call's pages and left padding. It has no gradient."""
     tensors = (call.q, call.k, call.v, call.sinks)
-    return torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    return implementation in ("auto", CACHES) and _choose(call, implementation) == CACHES
 
 
 def _plain_cache(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:

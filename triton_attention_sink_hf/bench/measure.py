@@ -29,15 +29,16 @@ L2_BYTES = 256 * 2**20  # more than any card's L2
 
 
 def make_tensors(case: Case, seed: int = 0, device: str = "cuda") -> dict[str, Tensor]:
-    """Random q, k, v, dout in bf16 (B, S, H, D) and sinks fp32 from -3 to 8, exact in bf16."""
+    """Random q, k, v, dout in bf16 (B, S, H, D) and sinks fp32 from -3 to 8, exact in bf16. q, dout: B, Sq."""
     generator = torch.Generator(device).manual_seed(seed)
 
-    def normal(heads: int) -> Tensor:
-        shape = (case.batch, case.seqlen, heads, case.head_dim)
+    def normal(seqlen: int, heads: int) -> Tensor:
+        shape = (case.batch, seqlen, heads, case.head_dim)
         return torch.randn(shape, device=device, generator=generator, dtype=torch.float32).bfloat16()
 
     sinks = torch.linspace(-3, 8, case.heads_q, device=device).bfloat16().float()
-    q, k, v, dout = (normal(heads) for heads in (case.heads_q, case.heads_k, case.heads_k, case.heads_q))
+    q, dout = (normal(case.seqlen_q, case.heads_q) for _ in range(2))
+    k, v = (normal(case.seqlen, case.heads_k) for _ in range(2))
     return {"q": q, "k": k, "v": v, "sinks": sinks, "dout": dout}
 
 

@@ -17,7 +17,7 @@ def _copy_token(
     HEADS: tl.constexpr, D: tl.constexpr, BLOCK_D: tl.constexpr,
 ):  # fmt: skip
     d = tl.arange(0, BLOCK_D)
-    own = ok & (head < HEADS)[:, None] & (d < D)[None, :]
+    own = (head < tl.where(ok, HEADS, 0))[:, None] & (d < D)[None, :]
     new = tl.load(new_ptr + t.to(tl.int64) * stride_nt + head[:, None] * stride_nh + d[None, :] * stride_nd, mask=own)
     cell = row.to(tl.int64) * stride_ct + head.to(tl.int64)[:, None] * stride_ch + d[None, :] * stride_cd
     tl.store(cache_ptr + cell, new, mask=own)
@@ -66,7 +66,11 @@ def _launch(k_cache: tuple, v_cache: tuple, k: tuple, v: tuple, table: tuple | N
         slots=page_size if table is None else table[0][1] * page_size,
         seqlen=seqlen,
         stride_tb=0 if table is None else table[1][0],
-        **{f"stride_{name}{axis}": stride for name, x in named.items() for axis, stride in zip("bthd", x[1], strict=True)},
+        **{
+            f"stride_{name}{axis}": stride
+            for name, x in named.items()
+            for axis, stride in zip("bthd", x[1], strict=True)
+        },
         PAGE=0 if table is None else page_size,
         HEADS=heads,
         BLOCK_H=next_power_of_2(heads),

@@ -66,7 +66,7 @@ def most_keys(problem, tokens: int) -> int:
     """Keys that a tile of ``tokens`` queries may see, as far as the host knows."""
     mask, most = problem.call.mask, MAX_KEYS
     if mask.left >= 0 and mask.right >= 0:
-        most = mask.left + mask.right + tokens
+        most = mask.left + mask.right + min(tokens, problem.seqlen_q)
     return min(most, problem.seqlen_k)
 
 

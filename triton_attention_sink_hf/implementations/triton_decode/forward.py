@@ -15,7 +15,7 @@ from ..common.primitives import LOG2E, cap, load_tile, matmul, row_offsets, stor
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
 from .config import block_m, decode_config, pack, splits
-from .reduce import join_sink, reduce_splits
+from .reduce import factor_and_lse, reduce_splits
 
 
 class _Options(NamedTuple):
@@ -73,7 +73,7 @@ def _attend(
     acc, l, m, q, k_ptr, v_ptr, padding_ptr, table_ptr, n0, first, end, lo, hi, softmax_scale, softcap, pages,
     stride_kb, stride_vb, stride_pt, OPTIONS: tl.constexpr,
 ):  # fmt: skip
-    """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2. Keys outside [first, end) are not read."""
+    """One step of the online softmax over keys [n0, n0 + BLOCK_N), in base 2. Reads none outside [first, end)."""
     PAGE: tl.constexpr = OPTIONS.PAGE
     BLOCK_N: tl.constexpr = OPTIONS.BLOCK_N
     cols = tl.arange(0, BLOCK_N)
@@ -184,10 +184,10 @@ def _decode_fwd_kernel(
         tl.store(l_ptr + part, l, mask=valid)
         store_tile(acc_ptr, part * DV, valid & (l > 0.0), 1, acc, DV, BLOCK_DV)
     else:
-        sink = tl.full([BLOCK_M], float("-inf"), tl.float32)
+        sink = None
         if HAS_SINK:
             sink = tl.load(sink_ptr + heads, mask=valid, other=0.0).to(tl.float32)
-        factor, lse = join_sink(m, l, sink, HAS_SINK)
+        factor, lse = factor_and_lse(m, l, sink, HAS_SINK)
         out_base = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
         out_rows = row_offsets(rows, token, stride_ot, stride_oh, PACK)
         store_tile(out_base, out_rows, valid, stride_od, acc * factor[:, None], DV, BLOCK_DV)

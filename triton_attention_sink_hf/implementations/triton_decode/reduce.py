@@ -3,27 +3,16 @@
 import triton
 import triton.language as tl
 
-from ..common.primitives import LN2, LOG2E
+from ..common.primitives import LN2, join_sink
 from ..common.problem import Problem, next_power_of_2, padded, planned, strides
 from ..common.relaunch import Launch
 from .config import MAX_REDUCE
 
 
 @triton.jit
-def join_sink(m, l, sink, HAS_SINK: tl.constexpr):
-    """(factor of the accumulator, lse) of rows with maximum m, in base 2, and sum l.
-
-    In natural units, so that lse = sink exactly where the sink dominates.
-    """
-    top = m * LN2
-    if HAS_SINK:
-        top = tl.maximum(top, sink)
-    top = tl.where(top == float("-inf"), 0.0, top)
-    keys = tl.exp2(m - top * LOG2E)
-    keys = tl.where(m == float("-inf"), 0.0, keys)  # where top * LOG2E of a very negative sink is -inf too, keys is NaN
-    l = l * keys
-    if HAS_SINK:
-        l += tl.exp2((sink - top) * LOG2E)
+def factor_and_lse(m, l, sink, HAS_SINK: tl.constexpr):
+    """The factor of a row's accumulator, and its lse, both with the sink. m, l, sink: see ``join_sink``."""
+    top, l, keys = join_sink(m, l, sink, HAS_SINK)
     empty = l == 0.0
     l = tl.where(empty, 1.0, l)
     return keys / l, tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
@@ -50,9 +39,7 @@ def _decode_reduce_kernel(
         m = tl.load(m_ptr + part, mask=first + s < n_splits, other=float("-inf"))
         l = tl.load(l_ptr + part, mask=first + s < n_splits, other=0.0)
         # [splits, columns]; splits without keys wrote none
-        acc = tl.load(
-            acc_ptr + part[:, None] * DV + d[None, :], mask=(l > 0.0)[:, None] & (d < DV)[None, :], other=0.0
-        )
+        acc = tl.load(acc_ptr + part[:, None] * DV + d[None, :], mask=(l > 0.0)[:, None] & (d < DV)[None, :], other=0.0)
         new = tl.maximum(top, tl.max(m, 0))
         shift = tl.where(new == float("-inf"), 0.0, new)
         weight = tl.exp2(m - shift)
@@ -60,10 +47,10 @@ def _decode_reduce_kernel(
         total = total * alpha + tl.sum(l * weight, 0)
         out = out * alpha + tl.sum(acc * weight[:, None], 0)
         top = new
-    sink = float("-inf")
+    sink = None
     if HAS_SINK:
         sink = tl.load(sink_ptr + head).to(tl.float32)
-    factor, lse = join_sink(top, total, sink, HAS_SINK)
+    factor, lse = factor_and_lse(top, total, sink, HAS_SINK)
     out_row = b.to(tl.int64) * stride_ob + i.to(tl.int64) * stride_ot + head.to(tl.int64) * stride_oh
     tl.store(out_ptr + out_row + d * stride_od, (out * factor).to(out_ptr.dtype.element_ty), mask=d < DV)
     tl.store(lse_ptr + row, lse)
