@@ -48,6 +48,8 @@ def decode_config(problem) -> DecodeConfig:
     config = _CONFIGS[f"fp32 {name}" if problem.call.q.element_size() == 4 else name]
     if block_m(problem, config) > 16 and config.num_warps < 4:
         config = replace(config, num_warps=4)  # more rows, more registers
+    if problem.target.startswith("gfx"):
+        config = replace(config, num_stages=2)  # 64 KB of shared memory
     return config
 
 

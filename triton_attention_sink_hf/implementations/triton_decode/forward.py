@@ -237,8 +237,8 @@ def launch_forward(problem: Problem, out, lse) -> None:
     m = l = acc = None
     if n_splits > 1:
         parts = lse.numel() * n_splits
-        workspace = torch.empty(parts * (2 + out.shape[-1]), dtype=torch.float32, device=out.device)
-        m, l, acc = workspace.split((parts, parts, parts * out.shape[-1]))
+        workspace = torch.empty(parts * (out.shape[-1] + 2), dtype=torch.float32, device=out.device)
+        acc, m, l = workspace.split((parts * out.shape[-1], parts, parts))
     launch(
         q_ptr=call.q,
         k_ptr=call.k,
