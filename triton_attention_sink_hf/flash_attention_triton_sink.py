@@ -28,6 +28,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .integrations.continuous_batching import batch_attention, is_continuous_batch
 from .integrations.forward_mask import NO_PADDING, ForwardMask
 from .integrations.mask_function import attention_mask
 from .integrations.sequence_parallel import (
@@ -54,7 +55,13 @@ IGNORED_KEYWORDS = {
     "lse_square_scale", "num_items_in_batch", "reduction", "return_entropy", "return_loss", "return_log_probs",
     "return_predicted_tokens", "return_token_accuracy", "return_z_loss", "shift_labels", "skip_logits", "temperature",
     "token_scaling", "use_token_scaling", "vocab_size",
+    # of continuous batching; what changes the result is honoured where it comes with these
+    "logits_indices", "logits_processor_args", "read_index", "write_index",
 }  # fmt: skip
+# Keywords of continuous batching that change the result.
+_OF_BATCHES = (
+    "cache", "read_index", "write_index", "block_table", "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k",
+)  # fmt: skip
 
 
 def attention_forward(
@@ -100,6 +107,10 @@ def attention_forward(
     Raises:
         ValueError, TypeError, NotImplementedError: what cannot be honoured, named.
     """
+    if is_continuous_batch(kwargs):
+        cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES}
+    else:
+        cached = None
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
     sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -107,6 +118,11 @@ def attention_forward(
         mask = attention_mask
     else:
         mask = _layers_own_mask(module, q, k, attention_mask, is_causal, sliding_window)
+    if cached is not None:
+        return _continuous_batch(
+            module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, cached,
+            sinks=sinks, softmax_scale=scaling, softcap=0.0 if softcap is None else softcap,
+        ), None  # fmt: skip
     mask.check(q.shape[1], k.shape[1])
     rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
@@ -144,6 +160,14 @@ def attention_forward(
     else:
         out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
     return out if group is None else scatter_rows(group, out), None
+
+
+def _continuous_batch(module, query, key, value, mask: ForwardMask, cu_q, cu_k, cached: dict, **options) -> Tensor:
+    """Attention of a row of requests. The mask says which keys beside its own a query sees; cu_seq_lens the rest."""
+    if not mask.causal or mask.real is not None:
+        raise ValueError("attention_mask must be None in continuous batching, and the layers causal: use generate()")
+    mask.forward.used = True
+    return batch_attention(module, query, key, value, cu_q, cu_k, cached, window_size=mask.window, **options)
 
 
 def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:
