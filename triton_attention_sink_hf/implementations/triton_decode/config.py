@@ -29,8 +29,8 @@ class DecodeConfig:
 
 # An H100 needs about 40 KB in flight per SM: 3.35 TB/s times 1.5 us of latency under load, over 132 SMs.
 _CONFIGS = {
-    "narrow": DecodeConfig(64, num_warps=2, num_stages=3, per_sm=4),
-    "medium": DecodeConfig(64, num_warps=4, num_stages=3, per_sm=2),
+    "narrow": DecodeConfig(64, num_warps=2, num_stages=3, per_sm=2),
+    "medium": DecodeConfig(64, num_warps=4, num_stages=3, per_sm=1),
     "wide": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=2, max_rows=32),
     "fp32 narrow": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=4, max_rows=32),
     "fp32 medium": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2, max_rows=16),
