@@ -1,4 +1,4 @@
-"""transformers' continuous batching gives generate()'s tokens, request by request; what it cannot do right is refused."""
+"""transformers' continuous batching gives generate()'s tokens for each request; what it cannot do right is refused."""
 
 import pytest
 import torch
@@ -77,11 +77,13 @@ def test_one_new_token_a_request_in_pages(window):
         block_table=table, k_cache=caches[0], v_cache=caches[1], write_index=[], read_index=[], logits_indices=cu_k,
     )  # fmt: skip
     for b in range(3):
-        keys, values = (
-            torch.cat([rows[b], new[0, :, b][None]])[None] for rows, new in zip(old, (k, v), strict=True)
-        )
+        keys, values = (torch.cat([rows[b], new[0, :, b][None]])[None] for rows, new in zip(old, (k, v), strict=True))
         expected = attention_sink(
-            q[:, :, b : b + 1].transpose(1, 2), keys, values, sinks, window_size=(-1 if window is None else window - 1, 0)
+            q[:, :, b : b + 1].transpose(1, 2),
+            keys,
+            values,
+            sinks,
+            window_size=(-1 if window is None else window - 1, 0),
         )
         torch.testing.assert_close(out[:, b : b + 1], expected)
 
@@ -93,9 +95,9 @@ def test_a_cache_without_its_indices_is_refused():
 
 
 def test_padding_in_a_batch_is_refused():
-    q = torch.randn(1, 2, 3, 16)
+    q, cu = torch.randn(1, 2, 3, 16), torch.tensor([0, 3])
+    real = torch.ones(1, 3, dtype=torch.long)
     with pytest.raises(ValueError, match="attention_mask must be None in continuous batching"):
         attention_forward(
-            torch.nn.Module(), q, q, q, torch.ones(1, 3, dtype=torch.long), write_index=[], cu_seq_lens_q=torch.tensor([0, 3]),
-            cu_seq_lens_k=torch.tensor([0, 3]),
+            torch.nn.Module(), q, q, q, real, write_index=[], cu_seq_lens_q=cu, cu_seq_lens_k=cu
         )  # fmt: skip

@@ -12,6 +12,7 @@ packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, els
 padding             2-D masks, left, right or between; integers above 1 number the samples
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
+continuous batches  of transformers' paged cache: ``cu_seq_lens_q/k``, or ``block_table``, ``k_cache`` and ``v_cache``
 sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
 refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
                     sliding window, layers with keys that their mask was not made for, ring attention, and any keyword
@@ -107,10 +108,7 @@ def attention_forward(
     Raises:
         ValueError, TypeError, NotImplementedError: what cannot be honoured, named.
     """
-    if is_continuous_batch(kwargs):
-        cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES}
-    else:
-        cached = None
+    cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES} if is_continuous_batch(kwargs) else None
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
     sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
