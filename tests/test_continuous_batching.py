@@ -1,8 +1,13 @@
 """transformers' continuous batching gives generate()'s tokens for each request; what it cannot do right is refused."""
 
+import importlib.util
+import sys
+from pathlib import Path
+
 import pytest
 import torch
 from hf_models import NAME, make_pair, tokens, transformers
+from processes import ROOT, python
 from transformers import GenerationConfig
 
 from triton_attention_sink_hf import attention_sink
@@ -21,7 +26,7 @@ LENGTHS, NEW = (3, 17, 9, 12), 8
 def batched(model, prompts, max_batch_tokens: int) -> list:
     """Results in the order of the prompts."""
     generation = GenerationConfig(max_new_tokens=NEW, do_sample=False, pad_token_id=0, eos_token_id=-1)
-    batching = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=max_batch_tokens)
+    batching = ContinuousBatchingConfig(num_blocks=32, max_batch_tokens=max_batch_tokens, return_logprobs=True)
     if PREFIXED:
         return list(model.generate_batch(prompts, generation, batching, warmup=False).values())
     batching.auto_switch_to_flash = False
@@ -55,6 +60,51 @@ def test_tokens_are_those_of_generate(name, max_batch_tokens):
         expected = eager.generate(torch.tensor([prompt]), max_new_tokens=NEW, do_sample=False)
         assert result.error is None
         assert result.generated_tokens == expected[0, len(prompt) :].tolist()
+        # what a trainer gets for the same tokens
+        logits = ours(expected).logits[0, len(prompt) - 1 : -1]
+        trained = logits.log_softmax(-1).gather(1, expected[0, len(prompt) :, None]).squeeze(1)
+        torch.testing.assert_close(torch.tensor(result.logprobs), trained, rtol=1e-4, atol=1e-4)
+
+
+# One step of TRL's GRPO, with a completion's reward its number of different tokens.
+GRPO = """
+import sys, torch
+from datasets import Dataset
+from hf_models import make_pair, tokens
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import PreTrainedTokenizerFast
+from trl import GRPOConfig, GRPOTrainer
+import triton_attention_sink_hf
+
+_, model, _ = make_pair("llama", torch.float32)
+words = Tokenizer(models.WordLevel({f"t{i}": i for i in range(97)}, unk_token="t2"))
+words.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
+words = PreTrainedTokenizerFast(
+    tokenizer_object=words, pad_token="t0", bos_token="t1", eos_token="t3", unk_token="t2"
+)
+prompts = [" ".join(f"t{x}" for x in tokens(n).tolist()) for n in (5, 12, 9, 7)]
+arguments = GRPOConfig(
+    output_dir=sys.argv[1], max_steps=1, per_device_train_batch_size=4, num_generations=2, max_completion_length=8,
+    use_transformers_continuous_batching=True, report_to="none", use_cpu=True, bf16=False, save_strategy="no",
+    logging_steps=1,
+)
+trainer = GRPOTrainer(
+    model=model, args=arguments, train_dataset=Dataset.from_dict({"prompt": prompts}), processing_class=words,
+    reward_funcs=lambda completions, **_: [float(len(set(text.split()))) for text in completions],
+)
+trainer.train()
+assert model.config._attn_implementation == "triton_attention_sink"
+log = trainer.state.log_history[0]
+assert log["completions/mean_length"] > 1 and 0 < log["grad_norm"] < 1e3, log
+"""
+
+
+@pytest.mark.skipif(not PREFIXED, reason="this transformers refuses registered names in generate_batch")
+def test_grpo_rolls_out_by_continuous_batching(tmp_path):
+    apart = Path(sys.prefix) / "trl"  # where `make test` installs TRL
+    if importlib.util.find_spec("trl") is None and not apart.is_dir():
+        pytest.skip("TRL is not installed (`make test` does it)")
+    python("-c", GRPO, tmp_path, path=(ROOT, ROOT / "tests", apart))
 
 
 @pytest.mark.parametrize("window", [None, 6])
