@@ -46,8 +46,9 @@ def decode_config(problem) -> DecodeConfig:
     width = max(problem.block_d, problem.block_dv)
     name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide"
     config = _CONFIGS[f"fp32 {name}" if problem.call.q.element_size() == 4 else name]
-    if block_m(problem, config) > 16 and config.num_warps < 4:
-        config = replace(config, num_warps=4)  # more rows, more registers
+    rows = block_m(problem, config)
+    if rows > 16:  # more rows, more registers
+        config = replace(config, num_warps=max(config.num_warps, 8 if rows > 32 and width > 64 else 4))
     if problem.target.startswith("gfx"):
         config = replace(config, num_stages=2)  # 64 KB of shared memory
     return config
