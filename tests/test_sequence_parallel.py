@@ -182,6 +182,11 @@ HOSTS = {  # module -> its state while it cuts rows, while it does not
         {"sequence_parallel": SimpleNamespace(world_size=2)},
         [{"sequence_parallel": SimpleNamespace(world_size=size)} for size in (None, 1)],
     ),
+    "roll.utils.context_parallel.globals": (
+        {"PROCESS_GROUP_MANAGER": SimpleNamespace(ulysses_size=2)},
+        [{"PROCESS_GROUP_MANAGER": SimpleNamespace(ulysses_size=size)} for size in (None, 1)],
+    ),
+    "openrlhf.models.ring_attn_utils": ({"RING_ATTN_GROUP": object()}, [{"RING_ATTN_GROUP": None}]),
     "axolotl.monkeypatch.ring_attn.patch": ({"RING_ATTN_GROUP": object()}, [{"RING_ATTN_GROUP": None}]),
     "deepspeed.runtime.sequence_parallel.parallel_state_sp": (
         {"_SEQUENCE_PARALLEL_GROUP": object()},

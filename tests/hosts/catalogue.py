@@ -7,6 +7,7 @@ know, and a parameter's movement is its gradient. Adam would hide the gradients'
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +44,8 @@ class Host:
         attn: what stands in its config.
         line: how the user writes it.
         refused: mode -> a part of the host's own error, where it cannot work.
-        model: the tiny model, gpt_oss or llama. environment: the folder's name, if another host's serves.
+        model: the tiny model, gpt_oss or llama. stand_ins: modules that it imports, does not use here, and that
+            cannot be installed on a CPU: there, but empty. environment: the folder's name, if another host's serves.
     """
 
     packages: tuple[str, ...]
@@ -53,6 +55,7 @@ class Host:
     attn: str = NAME
     refused: dict[str, str] | None = None
     model: str = "gpt_oss"
+    stand_ins: tuple[str, ...] = ()
     environment: str | None = None
 
 
@@ -76,8 +79,9 @@ def options(values: dict) -> list[str]:
 
 def script(run: Run) -> list[str | Path]:
     packed = ["--packed"] if run.packed else []
-    return ["python", HERE / "hf_trainer.py", "--model", run.model, "--data", run.data / "ids/train.jsonl", "--attn", run.attn,
-            "--out", run.out, *packed]  # fmt: skip
+    ids = run.data / "ids/train.jsonl"
+    named = {"model": run.model, "data": ids, "attn": run.attn, "out": run.out}
+    return ["python", HERE / "hf_trainer.py", *options(named), *packed]
 
 
 def launched(run: Run) -> list[str | Path]:
@@ -107,8 +111,9 @@ def ms_swift(run: Run) -> list[str | Path]:
     return [
         "swift", "sft",
         *options(plain_sgd(run.out) | {"save_strategy": "steps", "save_steps": 2, "save_only_model": "true"}),
-        *options({"model": run.model, "model_type": "gpt_oss", "template": "dummy", "dataset": run.data / "chats/train.jsonl"}),
-        *options({"tuner_type": "full", "torch_dtype": "float32", "attn_impl": run.attn, "load_from_cache_file": "false"}),
+        *options({"model": run.model, "model_type": "gpt_oss", "template": "dummy", "tuner_type": "full"}),
+        *options({"dataset": run.data / "chats/train.jsonl", "load_from_cache_file": "false"}),
+        *options({"torch_dtype": "float32", "attn_impl": run.attn}),
         *options({"packing": "true", "packing_length": 2 * sum(LENGTHS)} if run.packed else {}),
     ]  # fmt: skip
 
@@ -129,18 +134,42 @@ def axolotl(run: Run) -> list[str | Path]:
     return ["axolotl", "train", file]
 
 
+def llama_factory(run: Run) -> list[str | Path]:
+    folder = run.out.parent
+    model = run.model
+    if run.attn != "eager":  # the one line stands in the checkpoint: nothing else of LLaMA-Factory takes a name
+        model = folder / f"model-{run.out.name}"
+        shutil.copytree(run.model, model)
+        config = json.loads((model / "config.json").read_text())
+        (model / "config.json").write_text(json.dumps(config | {"attn_implementation": run.attn}))
+    (run.data / "dataset_info.json").write_text(json.dumps({"chats": {
+        "file_name": "chats/train.jsonl", "formatting": "sharegpt", "columns": {"messages": "messages"},
+        "tags": {"role_tag": "role", "content_tag": "content", "user_tag": "user", "assistant_tag": "assistant"},
+    }}))  # fmt: skip
+    config = plain_sgd(run.out) | {
+        "model_name_or_path": f"{model}", "stage": "sft", "do_train": True, "finetuning_type": "full",
+        "dataset": "chats", "dataset_dir": f"{run.data}", "template": "empty", "output_dir": f"{run.out}",
+        "flash_attn": "disabled" if run.attn == "eager" else "auto", "cutoff_len": 2 * sum(LENGTHS), "bf16": False,
+        "overwrite_cache": True, "disable_gradient_checkpointing": True, "preprocessing_num_workers": 1,
+        **({"packing": True, "neat_packing": True, "per_device_train_batch_size": 1} if run.packed else {}),
+    }  # fmt: skip
+    file = run.out.with_suffix(".yaml")
+    file.write_text(json.dumps(config))
+    return ["llamafactory-cli", "train", file]
+
+
 HOSTS = {
-    "HF Trainer": Host(
+    "transformers": Host(
         packages=("transformers", "accelerate"),
         install=(("transformers", "accelerate"),),
         command=script,
-        line='`from_pretrained(..., attn_implementation="triton_attention_sink")`',
+        line='`attn_implementation="triton_attention_sink"`, in the script',
     ),
-    "accelerate launch": Host(
+    "accelerate": Host(
         packages=("accelerate", "transformers"),
         install=(("transformers", "accelerate"),),
         command=launched,
-        environment="hf-trainer",
+        environment="transformers",
         line="the same, in the script",
     ),
     "TRL": Host(
@@ -160,5 +189,33 @@ HOSTS = {
         command=ms_swift,
         line="`swift sft --attn_impl triton_attention_sink`",
         refused={"packed": 'The "packing" feature requires a flash attention implementation'},
+    ),
+    "Axolotl": Host(
+        packages=("axolotl", "transformers", "trl"),
+        install=((
+            "transformers==5.16.1", "accelerate==1.13.0", "datasets==4.8.4", "peft==0.20.0", "trl==1.9.0",
+            "huggingface_hub==1.17.0", "kernels<0.17", "pydantic==2.12.5", "addict", "fire", "requests", "einops",
+            "colorama", "numba<1", "typer==0.25.1", "evaluate==0.4.1", "scipy", "nvidia-ml-py==12.560.30", "art",
+            "python-dotenv", "zstandard", "fastcore", "schedulefree", "axolotl-contribs-lgpl", "axolotl-contribs-mit",
+            "posthog==6.7.11", "mistral-common==1.11.5", "triton", "hf_xet", "psutil", "sentencepiece", "click",
+            "gradio", "wandb", "tensorboard",
+        ), ("--no-deps", "axolotl==0.19.0", "bitsandbytes==0.50.2")),
+        command=axolotl,
+        attn=f"/{NAME}",
+        line="`attn_implementation: /triton_attention_sink`",
+    ),
+    "LLaMA-Factory": Host(
+        packages=("llamafactory", "transformers", "trl"),
+        install=((
+            "transformers<=5.6.0,!=5.6.0,>=5", "accelerate<=1.11.0", "datasets<=4.0.0", "peft<=0.18.1,>=0.18.0",
+            "trl<=0.24.0", "tyro<0.9.0", "torchdata<=0.11.0", "einops", "fastapi", "fire", "hf-transfer", "matplotlib",
+            "modelscope", "omegaconf", "pandas", "protobuf", "pydantic", "scipy", "sentencepiece", "sse-starlette",
+            "tiktoken", "uvicorn",
+        ), ("--no-deps", "llamafactory==0.9.5")),
+        command=llama_factory,
+        stand_ins=("torchaudio",),
+        model="llama",
+        refused={"packed": "attention_mask must be a 2-D bool or integer padding mask (B, S), got (1, 1, 152, 152)"},
+        line='`"attn_implementation": "triton_attention_sink"` in config.json',
     ),
 }  # fmt: skip

@@ -46,8 +46,16 @@ _CUT_BY_HOSTS = {
         "swift.sequence_parallel.sequence_parallel",
         lambda module: (module.sequence_parallel.world_size or 1) > 1,
     ),
+    "ROLL's Ulysses": (
+        "roll.utils.context_parallel.globals",
+        lambda module: (module.PROCESS_GROUP_MANAGER.ulysses_size or 1) > 1,
+    ),
     "Axolotl's ring attention": (
         "axolotl.monkeypatch.ring_attn.patch",
+        lambda module: module.RING_ATTN_GROUP is not None,
+    ),
+    "OpenRLHF's ring attention": (
+        "openrlhf.models.ring_attn_utils",
         lambda module: module.RING_ATTN_GROUP is not None,
     ),
     "DeepSpeed's Ulysses (ALST)": (
