@@ -135,7 +135,7 @@ PADDING, USED = torch.ones(1, 512, dtype=torch.bool), torch.tensor([5], dtype=to
 @pytest.mark.parametrize(
     ("target", "changes", "reason"),
     [
-        ("sm80", {}, "takes sinks on sm90, sm100, sm103, got sm80"),
+        ("sm80", {}, "serves sm90, sm100, sm103, the cards on which it has sinks, got sm80"),
         ("sm120", {}, "got sm120"),
         ("gfx942", {}, "got gfx942"),
         ("sm90", {"memo": None}, "trace"),

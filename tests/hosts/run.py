@@ -2,8 +2,8 @@
 
 For each host of catalogue.py: two steps of fine-tuning of a tiny random gpt-oss, on padded rows and on a packed row.
 The reference is the host itself with eager attention on padded rows, where samples cannot see each other. Prints a
-table in Markdown; its numbers are how far the parameter that is furthest off moved otherwise than by eager, relative to its
-movement. Exits 1 if a host does otherwise than the catalogue says. The logs stay in --work.
+table in Markdown; its numbers are how far the parameter that is furthest off moved otherwise than by eager, relative to
+its movement. Exits 1 if a host does otherwise than the catalogue says. The logs stay in --work.
 """
 
 from __future__ import annotations

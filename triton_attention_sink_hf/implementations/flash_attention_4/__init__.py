@@ -27,7 +27,7 @@ def supports(call: Call) -> str | None:
     q, k, mask = call.q, call.k, call.mask
     target = target_name(q.device)
     if target not in config.TARGETS:
-        return f"FlashAttention-4 takes sinks on {', '.join(config.TARGETS)}, got {target}"
+        return f"FlashAttention-4 serves {', '.join(config.TARGETS)}, the cards on which it has sinks, got {target}"
     if call.memo is None:
         return "FlashAttention-4 has no operator that torch.compile and dispatch modes could trace"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
