@@ -163,7 +163,7 @@ HOSTS = {
         packages=("transformers", "accelerate"),
         install=(("transformers", "accelerate"),),
         command=script,
-        line='`attn_implementation="triton_attention_sink"`, in the script',
+        line='`attn_implementation="triton_attention_sink"`',
     ),
     "accelerate": Host(
         packages=("accelerate", "transformers"),
@@ -216,6 +216,6 @@ HOSTS = {
         stand_ins=("torchaudio",),
         model="llama",
         refused={"packed": "attention_mask must be a 2-D bool or integer padding mask (B, S), got (1, 1, 152, 152)"},
-        line='`"attn_implementation": "triton_attention_sink"` in config.json',
+        line='`"attn_implementation": "triton_attention_sink"` in the checkpoint\'s config.json',
     ),
 }  # fmt: skip
