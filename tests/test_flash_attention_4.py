@@ -89,6 +89,7 @@ def card(monkeypatch):
 
     def forget():
         flash_attention_4._functions.cache_clear()
+        flash_attention_4._absent.cache_clear()
         _memo.cache_clear()
 
     yield pretend

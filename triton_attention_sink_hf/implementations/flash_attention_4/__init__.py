@@ -120,7 +120,9 @@ def _functions() -> tuple[Callable, Callable]:
     return flash_attn_func, flash_attn_varlen_func
 
 
+@lru_cache
 def _absent() -> str | None:
+    """Why it cannot be called in this process; None if it can."""
     try:
         _functions()
     except Exception as error:  # the libraries below it raise what they like
