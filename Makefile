@@ -27,7 +27,7 @@ HOST_ENVIRONMENTS ?= .venv-hosts
 help:
 	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
-	@echo "make hosts     other trainers with this attention, each in an environment of its own (20 minutes; HOSTS=\"TRL Axolotl\")"
+	@echo "make hosts     other trainers with this attention, each in an environment of its own (40 minutes; HOSTS=\"TRL Axolotl\")"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make gpu-demo  verl's trainer with vLLM on a GPU, against eager (10 minutes; MODEL=\"gpt_oss llama\", ATTN, STEPS, SP)"
 	@echo "make gpu-test  the tests that need a GPU, with the current Python (PYTEST_ARGS=\"-n 8 --dist loadgroup\" in parallel)"
