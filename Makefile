@@ -19,10 +19,15 @@ BENCH_ARGS ?=
 PIP_LOG := $(VENV)/install.log
 PIP_INSTALL = $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRAINTS))
 
-.PHONY: help demo test lint gpu-demo gpu-test bench clean
+# trainers of `make hosts`, all by default, and the folder of their environments
+HOSTS ?=
+HOST_ENVIRONMENTS ?= .venv-hosts
+
+.PHONY: help demo test hosts lint gpu-demo gpu-test bench clean
 help:
 	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
+	@echo "make hosts     other trainers with this attention, each in an environment of its own (40 minutes; HOSTS=\"TRL Axolotl\")"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make gpu-demo  verl's trainer with vLLM on a GPU, against eager (10 minutes; MODEL=\"gpt_oss llama\", ATTN, STEPS, SP)"
 	@echo "make gpu-test  the tests that need a GPU, with the current Python (PYTEST_ARGS=\"-n 8 --dist loadgroup\" in parallel)"
@@ -34,6 +39,9 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu and not exhaustive" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)
+
+hosts:
+	$(PYTHON) tests/hosts/run.py $(HOSTS) --environments $(HOST_ENVIRONMENTS)
 
 lint: $(VENV)/ruff
 	$(VENV)/bin/python -m ruff check .
@@ -49,7 +57,7 @@ bench:
 	$(PYTHON) -c "from triton_attention_sink_hf.cli import main; main()" bench $(BENCH_ARGS)
 
 clean:
-	rm -rf $(VENV) outputs
+	rm -rf $(VENV) $(HOST_ENVIRONMENTS) outputs
 
 $(VENV)/bin/python:
 	@$(PYTHON) -m venv $(VENV)

@@ -12,7 +12,11 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # this checkout
 
 
 def main() -> int:
-    import torch
+    try:
+        import torch
+    except ImportError as error:
+        print(f'FAIL  torch must be installed, 2.8 or newer (pytorch.org, "Get started"): {error}')
+        return 1
 
     if not torch.cuda.is_available():  # before the package, which imports transformers, which imports triton
         os.environ.setdefault("TRITON_INTERPRET", "1")

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from command_line import NAMES, contents, invoke
-from processes import ROOT, python
+from processes import ROOT, environment, python
 
 from triton_attention_sink_hf import attention_sink, checks, interface, processes
 from triton_attention_sink_hf.cli import bench as bench_command
@@ -40,6 +40,23 @@ def test_a_failed_check_is_one_line_with_its_reason_and_exit_status_1(monkeypatc
     assert first.startswith("FAIL  Import Test") and first.endswith("ValueError: the reason")
     assert second.startswith("PASS  GQA Support")
     assert total == "1 of 2 checks passed"
+
+
+@pytest.mark.parametrize(
+    "program",
+    [
+        f"import runpy; runpy.run_path({str(ROOT / 'test_attention_sink' / 'test_basic.py')!r}, run_name='__main__')",
+        "from triton_attention_sink_hf.cli import main; sys.argv[1:] = ['doctor']; main()",
+        "from triton_attention_sink_hf.cli import main; sys.argv[1:] = ['bench', '--list']; main()",
+    ],
+    ids=["test_basic", "doctor", "bench"],
+)
+def test_without_torch_one_sentence_says_so(program):
+    code = f"import sys; sys.modules['torch'] = None; {program}"
+    run = subprocess.run([sys.executable, "-c", code], env=environment(ROOT), capture_output=True, text=True)
+    assert run.returncode == 1
+    (line,) = (run.stdout + run.stderr).splitlines()
+    assert 'torch must be installed, 2.8 or newer (pytorch.org, "Get started")' in line
 
 
 @pytest.mark.parametrize("check", [checks.check_kernels, checks.check_forward, checks.check_gqa])

@@ -177,6 +177,43 @@ def test_torchs_own_ring_attention_is_refused(single_rank):
     call()
 
 
+HOSTS = {  # module -> its state while it cuts rows, while it does not
+    "swift.sequence_parallel.sequence_parallel": (
+        {"sequence_parallel": SimpleNamespace(world_size=2)},
+        [{"sequence_parallel": SimpleNamespace(world_size=size)} for size in (None, 1)],
+    ),
+    "roll.utils.context_parallel.globals": (
+        {"PROCESS_GROUP_MANAGER": SimpleNamespace(ulysses_size=2)},
+        [{"PROCESS_GROUP_MANAGER": SimpleNamespace(ulysses_size=size)} for size in (None, 1)],
+    ),
+    "openrlhf.models.ring_attn_utils": ({"RING_ATTN_GROUP": object()}, [{"RING_ATTN_GROUP": None}]),
+    "axolotl.monkeypatch.ring_attn.patch": ({"RING_ATTN_GROUP": object()}, [{"RING_ATTN_GROUP": None}]),
+    "deepspeed.runtime.sequence_parallel.parallel_state_sp": (
+        {"_SEQUENCE_PARALLEL_GROUP": object()},
+        [{"_SEQUENCE_PARALLEL_GROUP": None}],
+    ),
+}
+
+
+@pytest.mark.parametrize("module", HOSTS)
+def test_rows_that_a_host_has_cut_are_refused(monkeypatch, module):
+    cutting, idle = HOSTS[module]
+    for state in idle:
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**state))
+        call()
+    monkeypatch.setitem(sys.modules, module, SimpleNamespace(**cutting))
+    for made in (call, lambda: attention_mask(1, 6, 6)):
+        with pytest.raises(NotImplementedError, match=r"must be triton_attention_sink_hf.sequence_parallel .* to 1"):
+            made()
+
+
+def test_a_group_of_ones_own_goes_before_a_hosts(group, monkeypatch):
+    for module, (cutting, _) in HOSTS.items():
+        monkeypatch.setitem(sys.modules, module, SimpleNamespace(**cutting))
+    with pytest.raises(AssertionError, match="a collective was called"):
+        call()
+
+
 def test_the_innermost_group_counts_and_leaves_with_its_block(monkeypatch, single_rank):
     verl(monkeypatch, object())
     monkeypatch.setattr(dist, "get_world_size", lambda group: 2)

@@ -22,7 +22,7 @@ class Explanation:
 
     Attributes:
         implementation: the name that ``implementation="auto"`` takes.
-        reasons: name -> None if it could serve the call, else the reason why not; fastest first.
+        reasons: name -> None if it could serve the call, else the reason why not; in the order that "auto" asks.
     """
 
     implementation: str

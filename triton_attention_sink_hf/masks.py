@@ -11,8 +11,20 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+# Attribute of cu_seqlens whose values never change: a dict in which kernels keep what they derived of them.
+DERIVED = "_attention_sink_derived"
 # Rows of a batch row or of a packed row stay below it, so positions beside windows below it fit 32 bits.
 MAX_ROWS = 2**30
+
+
+def constant(cu_seqlens: Tensor) -> Tensor:
+    """The same tensor, with the promise that its values never change.
+
+    The layers of a forward, and their backward, then share what kernels derive of it. Only for tensors that no user can
+    reach: of others nobody knows whether something writes to their memory.
+    """
+    setattr(cu_seqlens, DERIVED, {})
+    return cu_seqlens
 
 
 @dataclass

@@ -38,7 +38,9 @@ def judge(string: str) -> Verdict:
         return Verdict(True, True, "this package's attention")
     known = {"eager", *AttentionInterface().valid_keys()}
     if string in known:
-        return Verdict(True, False, "transformers' own attention, not this package's; a model may refuse it")
+        return Verdict(
+            True, False, "transformers' own attention, not this package's; a model or a missing package may refuse it"
+        )
     if "|" in string:
         return Verdict(False, False, "transformers splits it at '|'")
     for name, use in _USES.items():

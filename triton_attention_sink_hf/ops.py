@@ -6,6 +6,7 @@ checkpointing, opcheck and FSDP2 see ordinary differentiable operators.
 
 from __future__ import annotations
 
+from dataclasses import replace
 from functools import partial
 from types import ModuleType
 
@@ -15,7 +16,7 @@ from torch._C import _are_functorch_transforms_active
 from torch.autograd import forward_ad
 
 from .call import N_TENSORS, SCHEMA, Call, Tensors, memo_of, placement, traced
-from .implementations import fastest, load
+from .implementations import OWN_AUTOGRAD, fastest, load
 
 
 def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
@@ -31,6 +32,8 @@ def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
             "attention_sink was called inside a transform of functorch (torch.func.grad, vmap, jvp, ...), which its "
             "Triton kernels do not take part in: use torch.autograd.grad, a loop, or implementation='reference'"
         )
+    if implementation in OWN_AUTOGRAD:
+        return _own_attention(call, load(implementation))
     if _differentiated(call):
         # tensors that have left a transform need what apply does about them
         apply = _Attention.apply if call.memo is None else _Attention.apply_untransformed
@@ -52,13 +55,24 @@ def _run_forward(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
     return out, lse
 
 
+def _own_attention(call: Call, backend: ModuleType) -> tuple[Tensor, Tensor]:
+    """A backend's own autograd, which refuses what the others refuse."""
+    _no_dual_level()
+    inputs = [x for x in (call.q, call.k, call.v, call.sinks) if x is not None]
+    if _differentiated(call):
+        inputs = _OnceDifferentiable.apply(*inputs)
+    q, k, v, sinks = (*inputs, None)[:4]
+    with torch.cuda.device_of(q):
+        return backend.attention(replace(call, q=q, k=k, v=v, sinks=sinks))
+
+
 def _backend(call: Call, implementation: str) -> ModuleType:
     """The implementation's module. Only a traced call leaves "auto" to be decided here."""
     if implementation != "auto":
         return load(implementation)
     known = {} if call.memo is None else call.memo.implementations
     if "auto" not in known:
-        known["auto"] = fastest(call)
+        known["auto"] = fastest(call, in_operator=True)
     return load(known["auto"])
 
 
@@ -96,7 +110,7 @@ def _no_dual_level() -> None:
 
 def _refuse_forward_mode(*_):
     raise NotImplementedError(
-        "attention_sink's Triton kernels have no forward-mode derivative: implementation='reference' has it"
+        "attention_sink's kernels have no forward-mode derivative: implementation='reference' has it"
     )
 
 
@@ -174,7 +188,7 @@ def _differentiate(gradients, n_inputs: int, ctx, dout: Tensor | None, dlse: Ten
 
 def _refuse_second_derivative(ctx, *_):
     raise NotImplementedError(
-        "attention_sink's Triton kernels have no second derivative, which was asked for (a gradient penalty, a "
+        "attention_sink's kernels have no second derivative, which was asked for (a gradient penalty, a "
         "Hessian-vector product, create_graph=True): implementation='reference' has it"
     )
 
@@ -228,6 +242,18 @@ def _eager_gradients(ctx, dout, dlse, out, lse, tensors, need_dkv):
         memo = memo_of(tensors, options)
     compute = partial(_gradients, dout, dlse, out, lse, Call.join(tensors, options, memo), implementation, need_dkv)
     return _Gradients.apply(compute, dout, dlse, out, lse, *tensors) if torch.is_grad_enabled() else compute()
+
+
+class _OnceDifferentiable(torch.autograd.Function):
+    """The inputs, for a backend whose gradients autograd would take for constants: create_graph=True is refused."""
+
+    @staticmethod
+    def forward(ctx, *inputs):
+        return tuple(x.view_as(x) for x in inputs)
+
+    @staticmethod
+    def backward(ctx, *gradients):
+        return _refuse_second_derivative(ctx) if torch.is_grad_enabled() else gradients
 
 
 class _Gradients(torch.autograd.Function):

@@ -8,6 +8,7 @@ from .flash_attention_triton_sink import attention_forward, attention_mask
 from .integrations.continuous_batching import PREFIX
 
 NAME = "triton_attention_sink"
+ALIAS = f"/{NAME}"  # for hosts that take a name of their own list or anything with a slash, as Axolotl does
 MINIMUM = "4.57"
 FOLDER = os.path.dirname(os.path.abspath(__file__))
 # transformers 5 searches names for these words and replaces the attention of a name that contains one.
@@ -18,8 +19,8 @@ def register() -> tuple[str, ...]:
     """Make ``attn_implementation=NAME``, and this package's folder as a path, known to transformers. Idempotent.
 
     Returns:
-        The names registered: ``triton_attention_sink``, then the folder as it was imported and as its real path,
-        each with and without a trailing slash, unless ``path_problem`` holds against it.
+        The names registered: ``triton_attention_sink``, the same with a slash before it, then the folder as it was
+        imported and as its real path, each with and without a trailing slash, unless ``path_problem`` holds against it.
 
     Raises:
         ImportError: transformers is missing, or older than 4.57 (no mask interface).
@@ -39,7 +40,7 @@ def registered_names() -> tuple[str, ...]:
     """The names that ``register`` registers, without doing so."""
     folders = dict.fromkeys((FOLDER, os.path.realpath(FOLDER)))
     paths = (path for folder in folders for path in (folder, folder + os.sep))
-    return (NAME, *(path for path in paths if path_problem(path) is None))
+    return (NAME, ALIAS, *(path for path in paths if path_problem(path) is None))
 
 
 def path_problem(path: str) -> str | None:

@@ -7,10 +7,11 @@
 #   - the same trainer with a tiny random gpt-oss on a CPU and a Hugging Face rollout (`make demo`);
 #   - this script's first step on one H100: vLLM 0.25.1, a tiny random gpt-oss in bf16, packed rows. Probabilities of
 #     trainer and engine differ by 1.8e-3 on average; with eager and padded rows by 2.1e-3;
-#   - three steps of the same trainer with vLLM 0.25.1 and a small random gpt-oss on one H100 (`make gpu-demo`).
+#   - three steps of the same trainer with vLLM 0.25.1 and a small random gpt-oss on one H100 and on two
+#     that share every row (`make gpu-demo`, SP=2).
 # NOT TESTED:
 #   - a real checkpoint, and these sizes: they are arithmetic for one node of 8 x 80 GB, not measurements;
-#   - verl on more than one GPU, with or without Ulysses;
+#   - verl on more than two GPUs;
 #   - CUDA graphs of the engine (the steps above had rollout.enforce_eager=True);
 #   - SGLang.
 #

@@ -12,7 +12,7 @@
 # NOT TESTED:
 #   - this script on a GPU: a real checkpoint, and these sizes. They are arithmetic for one node of 8 x 80 GB, not
 #     measurements;
-#   - verl on more than one GPU, with or without Ulysses;
+#   - more than one GPU with this model (a gpt-oss ran on two: `make gpu-demo SP=2`);
 #   - CUDA graphs of the engine (the steps above had rollout.enforce_eager=True);
 #   - SGLang.
 #

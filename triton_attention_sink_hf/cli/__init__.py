@@ -34,4 +34,9 @@ def options(
 
 
 def main() -> None:
-    app()
+    try:
+        app()
+    except ModuleNotFoundError as error:
+        if error.name != "torch":
+            raise
+        raise SystemExit('torch must be installed, 2.8 or newer (pytorch.org, "Get started")') from None

@@ -14,7 +14,10 @@ import typer
 
 from .refusal import one_line
 
-PACKAGES = ("torch", "triton", "transformers", "verl", "vllm", "flash-attn", "trl", "kernels", "accelerate", "numpy")
+PACKAGES = (
+    "torch", "triton", "transformers", "verl", "vllm", "flash-attn", "flash-attn-4", "trl", "kernels", "accelerate",
+    "numpy",
+)  # fmt: skip
 PACKAGE = Path(__file__).absolute().parent.parent
 VLLM = "0.25.1"  # the first that we saw load gpt-oss in bf16
 

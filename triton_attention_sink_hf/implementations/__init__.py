@@ -3,6 +3,7 @@
 A kernel backend is a package here with ``supports(call) -> str | None`` (a reason, or None),
 ``run_forward`` and ``run_backward``, and perhaps
 ``slower_reason(call) -> str | None``, why "auto" leaves the call to another.
+One that brings its own autograd has ``attention(call) -> (out, lse)`` instead of the two, and no operator runs it.
 To add one, add its folder, its name in ``KERNELS`` and its import in ``load``.
 """
 
@@ -11,8 +12,9 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
-# fastest first; the last one supports what any other does, but for pages and left padding
-KERNELS = ("triton_decode", "triton_window", "triton_hopper", "triton")
+# "auto" takes the first that it can; the last one supports what any other does, but for pages and left padding
+KERNELS = ("triton_decode", "flash_attention_4", "triton_window", "triton_hopper", "triton")
+OWN_AUTOGRAD = ("flash_attention_4",)
 CACHES = "triton_decode"  # reads pages and left padding where they are
 REFERENCE = "reference"
 
@@ -23,6 +25,8 @@ def load(name: str) -> ModuleType:
     # import statements, because torch.compile traces them and not importlib
     if name == "triton_decode":
         from . import triton_decode as backend
+    elif name == "flash_attention_4":
+        from . import flash_attention_4 as backend
     elif name == "triton_window":
         from . import triton_window as backend
     elif name == "triton_hopper":
@@ -34,9 +38,10 @@ def load(name: str) -> ModuleType:
     return backend
 
 
-def fastest(call) -> str:
+def fastest(call, in_operator: bool = False) -> str:
     """The implementation that "auto" takes for ``call``."""
-    return next(name for name in (*KERNELS, REFERENCE) if unsupported_reason(name, call, automatic=True) is None)
+    names = [name for name in (*KERNELS, REFERENCE) if not (in_operator and name in OWN_AUTOGRAD)]
+    return next(name for name in names if unsupported_reason(name, call, automatic=True) is None)
 
 
 def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:
@@ -49,7 +54,5 @@ def unsupported_reason(name: str, call, automatic: bool = False) -> str | None:
         backend = load(name)
     except ImportError as error:
         return f"{error}"
-    reason = backend.supports(call)
-    if reason is None and automatic and hasattr(backend, "slower_reason"):
-        reason = backend.slower_reason(call)
-    return reason
+    reason = backend.slower_reason(call) if automatic and hasattr(backend, "slower_reason") else None
+    return reason or backend.supports(call)  # this order: what would lose is not even imported

@@ -20,6 +20,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from ..masks import constant
 from .patterns import BLOCKS, refuse_pattern
 from .segments import cu_seqlens_from_cuts, cuts_at_changes, cuts_from_positions, cuts_from_samples
 
@@ -245,7 +246,8 @@ class ForwardMask:
             padding = NO_PADDING
         if not found:
             return None, False
-        return cu_seqlens_from_cuts(functools.reduce(torch.logical_or, found), batch), padding != NO_PADDING
+        cu_seqlens = cu_seqlens_from_cuts(functools.reduce(torch.logical_or, found), batch)
+        return cu_seqlens if is_recorded(cu_seqlens) else constant(cu_seqlens), padding != NO_PADDING
 
     __hash__ = object.__hash__  # == is a tensor operation, as for tensors
 

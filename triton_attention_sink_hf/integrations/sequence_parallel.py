@@ -39,6 +39,30 @@ _TORCH_CONTEXT_PARALLEL = (
     "torch.distributed.tensor.experimental._context_parallel._attention",
     "torch.distributed.tensor.experimental._attention",  # before torch 2.10
 )
+# Hosts that cut the rows and hook their exchange into other attentions than this one: the module that knows, and
+# whether it does so now.
+_CUT_BY_HOSTS = {
+    "ms-swift's sequence parallelism": (
+        "swift.sequence_parallel.sequence_parallel",
+        lambda module: (module.sequence_parallel.world_size or 1) > 1,
+    ),
+    "ROLL's Ulysses": (
+        "roll.utils.context_parallel.globals",
+        lambda module: (module.PROCESS_GROUP_MANAGER.ulysses_size or 1) > 1,
+    ),
+    "Axolotl's ring attention": (
+        "axolotl.monkeypatch.ring_attn.patch",
+        lambda module: module.RING_ATTN_GROUP is not None,
+    ),
+    "OpenRLHF's ring attention": (
+        "openrlhf.models.ring_attn_utils",
+        lambda module: module.RING_ATTN_GROUP is not None,
+    ),
+    "DeepSpeed's Ulysses (ALST)": (
+        "deepspeed.runtime.sequence_parallel.parallel_state_sp",
+        lambda module: module._SEQUENCE_PARALLEL_GROUP is not None,
+    ),
+}
 
 
 @contextmanager
@@ -79,10 +103,13 @@ def active_group(rows: Tensor | None = None) -> dist.ProcessGroup | None:
             earlier forward with the same tensor, and belongs to that one's group.
 
     Raises:
-        NotImplementedError: torch's ring attention (``context_parallel``) shards them, which nothing here undoes.
+        NotImplementedError: torch's ring attention (``context_parallel``) or a host's own sequence parallelism shards
+            them, which nothing here undoes.
         RuntimeError: a recomputed layer whose forward cannot be told from another one over other ranks.
     """
     _refuse_ring_attention()
+    if not _GROUPS.stack:
+        _refuse_cuts_by_hosts()
     group = _GROUPS.stack[-1] if _GROUPS.stack else _verl_group()
     if not torch.compiler.is_compiling() and rows is not None and (group is not None or _FORWARD_GROUP):
         known = _FORWARD_GROUP.get(rows)
@@ -119,6 +146,16 @@ def _refuse_ring_attention() -> None:
             "sequence parallelism must be Ulysses (triton_attention_sink_hf.sequence_parallel), got torch's "
             "context_parallel: it shards rows and replaces scaled_dot_product_attention, which is not called here"
         )
+
+
+@constant_result
+def _refuse_cuts_by_hosts() -> None:
+    for name, (module, cuts_rows) in _CUT_BY_HOSTS.items():
+        if module in sys.modules and cuts_rows(sys.modules[module]):
+            raise NotImplementedError(
+                f"sequence parallelism must be triton_attention_sink_hf.sequence_parallel or verl's, got {name}: it "
+                "cuts the rows and does not exchange them for this attention. Set its size to 1"
+            )
 
 
 def check_shards(

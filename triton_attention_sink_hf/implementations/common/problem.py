@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import functools
+from collections.abc import Callable
 
 import torch
 import triton.language as tl
@@ -10,6 +11,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call, Memo
+from ...masks import DERIVED
 from .config import MAX_PACK, RANGES_BLOCK, TMA_TARGETS
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
@@ -78,11 +80,36 @@ class Problem:
         if not mask.packed:
             return None
         seqlen_q, seqlen_k = self.seqlen_q, self.seqlen_k
-        cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
-        ranges = cu_q.new_empty(4 * (seqlen_q + seqlen_k))
-        launch = _ranges_launch(cu_q.numel() - 1, seqlen_q, seqlen_k, mask.left, mask.right)
-        launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
-        return ranges
+
+        def compute():
+            cu_q, cu_k = mask.cu_seqlens_q.contiguous(), mask.cu_seqlens_k.contiguous()
+            ranges = cu_q.new_empty(4 * (seqlen_q + seqlen_k))
+            launch = _ranges_launch(cu_q.numel() - 1, seqlen_q, seqlen_k, mask.left, mask.right)
+            launch(ranges_ptr=ranges, cu_q_ptr=cu_q, cu_k_ptr=cu_k)
+            return ranges
+
+        return self.derived("ranges", compute)
+
+    def derived(self, what, compute: Callable[[], Tensor]) -> Tensor:
+        """``compute()``, which the cuts of packed rows and the window determine.
+
+        Calls share one result if their cu_seqlens are one ``constant`` tensor, on one stream. Not while a graph is
+        recorded: it will run with other values.
+        """
+        mask = self.call.mask
+        known = getattr(mask.cu_seqlens_q, DERIVED, None)
+        if known is None or mask.cu_seqlens_k is not mask.cu_seqlens_q:
+            return compute()
+        stream = None
+        if mask.cu_seqlens_q.is_cuda:
+            if torch.cuda.is_current_stream_capturing():
+                return compute()
+            stream = torch.cuda.current_stream(mask.cu_seqlens_q.device).cuda_stream
+        key = what, mask.left, mask.right, self.seqlen_q, self.seqlen_k, stream
+        result = known.get(key)
+        if result is None:
+            result = known[key] = compute()
+        return result
 
     def sizes(self) -> dict:
         """Arguments that every kernel takes and that ``memo`` determines."""

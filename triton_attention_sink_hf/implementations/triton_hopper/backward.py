@@ -32,7 +32,7 @@ from .backward_preprocess import new_statistics, preprocess_launch, statistics_b
 from .config import BACKWARD_L2_KEYS, backward_config
 from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
-from .tile_table import table_slots, tile_table
+from .tile_table import packed_tensors, table_slots
 from .vocabulary import Rows, Tiles, new_barriers
 
 
@@ -361,9 +361,6 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=buffer,
         statistics_ptr=statistics, dsink_ptr=dsink_parts,
     )  # fmt: skip
-    ranges = problem.ranges
-    unused = lse  # warp_specialize passes no None
-    key_ranges = unused if ranges is None else ranges[4 * problem.seqlen_q :]
     main(
         q_desc=call.q,
         dout_desc=dout,
@@ -376,8 +373,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         v_ptr=call.v,
         dk_ptr=dk,
         dv_ptr=dv,
-        ranges_ptr=key_ranges,
-        table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, backward_config(problem).keys),
+        **packed_tensors(problem, backward_config(problem).keys, unused=lse, of_keys=True),
     )
     postprocess(buffer_ptr=buffer, dq_ptr=dq)
     if dsinks is not None:

@@ -27,7 +27,7 @@ from .backward_preprocess import new_statistics, preprocess_launch, statistics_b
 from .config import STATISTICS_ALIGN, WIDE
 from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
-from .tile_table import table_slots, tile_table
+from .tile_table import packed_tensors, table_slots
 from .vocabulary import Rows, Tiles, new_barriers
 
 
@@ -420,7 +420,7 @@ def _plan(problem: Problem, out_strides, dout_strides, dlse_strides, dq_strides,
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq; dk, dv and dsinks unless None. dlse (B, Hq, Sq) or None. The same bits every time."""
-    call, ranges = problem.call, problem.ranges
+    call = problem.call
     preprocess, dkv_launch, dq_launch = _plan(
         problem, *(None if x is None else x.stride() for x in (out, dout, dlse, dq, dk, dv))
     )  # fmt: skip
@@ -429,8 +429,6 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         out_ptr=out, dout_ptr=dout, lse_ptr=lse, dlse_ptr=dlse, sink_ptr=problem.sinks, buffer_ptr=None,
         statistics_ptr=statistics, dsink_ptr=dsink_parts,
     )  # fmt: skip
-    unused = lse  # warp_specialize passes no None
-    key_ranges = None if ranges is None else ranges[4 * problem.seqlen_q :]
     tensors = {"q_desc": call.q, "dout_desc": dout, "k_desc": call.k, "v_desc": call.v}
     if dkv_launch is not None:
         dkv_launch(
@@ -439,15 +437,13 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
             delta_desc=statistics[1],
             dk_ptr=dk,
             dv_ptr=dv,
-            ranges_ptr=unused if ranges is None else key_ranges,
-            table_ptr=unused if ranges is None else tile_table(key_ranges, problem.seqlen_k, WIDE.block),
+            **packed_tensors(problem, WIDE.block, unused=lse, of_keys=True),
         )
     dq_launch(
         **tensors,
         statistics_ptr=statistics,
         dq_ptr=dq,
-        ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, WIDE.queries),
+        **packed_tensors(problem, WIDE.queries, unused=lse),
     )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

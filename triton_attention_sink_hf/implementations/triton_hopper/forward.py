@@ -25,7 +25,7 @@ from ..common.relaunch import Launch
 from .config import FORWARD
 from .gluon_compat import aggregate, async_load
 from .launch import call_constants, row_blocks, section_of_heads
-from .tile_table import table_slots, tile_table
+from .tile_table import packed_tensors, table_slots
 from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
@@ -406,15 +406,12 @@ def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
     launch = _plan(problem, out.stride())
-    ranges = problem.ranges
-    unused = lse  # warp_specialize passes no None
     launch(
         q_desc=call.q,
         k_desc=call.k,
         v_desc=call.v,
         out_ptr=out,
         lse_ptr=lse,
-        sink_ptr=unused if problem.sinks is None else problem.sinks,
-        ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, TILE),
+        sink_ptr=lse if problem.sinks is None else problem.sinks,  # warp_specialize passes no None
+        **packed_tensors(problem, TILE, unused=lse),
     )

@@ -38,7 +38,7 @@ from .guarded_softmax import (
     unpack,
 )
 from .launch import call_constants, row_blocks, section_of_heads
-from .tile_table import table_slots, tile_table
+from .tile_table import packed_tensors, table_slots
 from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
 TILE = 128  # query rows of a program: 64 for each of two consumers
@@ -424,8 +424,6 @@ def _plan(problem: Problem, out_shape, out_strides) -> Launch:
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    ranges = problem.ranges
-    unused = lse  # warp_specialize passes no None
     _plan(problem, out.shape, out.stride())(
         q_desc=call.q,
         k_desc=call.k,
@@ -433,7 +431,6 @@ def launch_forward(problem: Problem, out, lse) -> None:
         out_desc=out,
         out_ptr=out,
         lse_ptr=lse,
-        sink_ptr=unused if problem.sinks is None else problem.sinks,
-        ranges_ptr=unused if ranges is None else ranges,
-        table_ptr=unused if ranges is None else tile_table(ranges, problem.seqlen_q, TILE),
+        sink_ptr=lse if problem.sinks is None else problem.sinks,  # warp_specialize passes no None
+        **packed_tensors(problem, TILE, unused=lse),
     )

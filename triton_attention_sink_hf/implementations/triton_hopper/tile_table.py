@@ -8,7 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from ..common.problem import MAX_PLANS, ceil_div
+from ..common.problem import MAX_PLANS, Problem, ceil_div
 from ..common.relaunch import Launch
 from .config import TABLE
 
@@ -73,6 +73,20 @@ def _slot_tile(slot, ranges_ptr, n_rows, TILE: tl.constexpr):
 def table_slots(rows: int, tile: int) -> int:
     """Upper bound of the tiles of packed rows, for any number of segments."""
     return 3 * ceil_div(rows, tile)
+
+
+def packed_tensors(problem: Problem, tile: int, unused: Tensor, of_keys: bool = False) -> dict[str, Tensor]:
+    """ranges_ptr and table_ptr of one side's tiles.
+
+    ``unused`` where rows are not packed, because warp_specialize passes no None.
+    """
+    ranges, rows = problem.ranges, problem.seqlen_q
+    if ranges is None:
+        return {"ranges_ptr": unused, "table_ptr": unused}
+    if of_keys:
+        ranges, rows = ranges[4 * rows :], problem.seqlen_k
+    table = problem.derived(("table", of_keys, tile), lambda: tile_table(ranges, rows, tile))
+    return {"ranges_ptr": ranges, "table_ptr": table}
 
 
 def tile_table(ranges: Tensor, rows: int, tile: int) -> Tensor:
