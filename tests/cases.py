@@ -151,7 +151,7 @@ def operator_options(case: Case, inputs: Inputs) -> tuple:
     """What the operators take after q, k, v and sinks: the portable kernels, deterministic gradients."""
     mask = inputs.mask
     return (
-        mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+        mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k, mask.leftpad_k, None,
         mask.left, mask.right, case.scale, case.softcap, True, "triton",
     )  # fmt: skip
 

@@ -21,7 +21,7 @@ os.environ.pop("TRITON_INTERPRET", None)
 import torch
 import triton
 from cases import Case
-from launchers import LAUNCHERS, meta_call
+from launchers import LAUNCHERS, meta_call, meta_pages
 from sass import disassemble, unwritten
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
@@ -47,6 +47,9 @@ CASES = {
     "fp32 narrow": Case(1024, heads=(64, 8), head_dim=64, dtype=FP32, window=(127, 0), lengths_q=LENGTHS),
     "fp32 medium": Case(1024, heads=(32, 8), head_dim=128, dtype=FP32, sinks=None),
     "fp32 wide": Case(1024, heads=(16, 4), head_dim=256, dtype=FP32, padding="left", softcap=9.0, dlse=True),
+    "narrow decode": Case(1, 8192, heads=(16, 2), head_dim=64, dtype=BF16, used=(8000,)),
+    "medium decode": Case(4, 8192, heads=(32, 8), head_dim=128, dtype=BF16, window=(4000, 0)),
+    "wide decode softcap": Case(1, 8192, heads=(14, 2), head_dim=256, dtype=BF16, padding="left", softcap=9.0),
     "one query, one key": Case(1, 1, heads=(1, 1), head_dim=16, dtype=BF16, used=(1,)),
 }
 # for the exhaustive run: features against size classes
@@ -120,12 +123,25 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
                 continue
             if launcher.is_forward:
                 launcher.launch(problem, out, lse)
+                if launcher.backend == "triton_decode":
+                    _compile_pages(launcher, case, out, lse)
             else:
                 dlse = lse if case.dlse else None
                 launcher.launch(problem, out, lse, torch.empty_like(out), dlse, *gradients)
     finally:
         triton.JITFunction.run = run
     return compiled
+
+
+def _compile_pages(launcher, case: Case, out: torch.Tensor, lse: torch.Tensor) -> None:
+    """What a cache in pages takes: pages that hold whole tiles, pages that do not, and the kernel that appends."""
+    from triton_attention_sink_hf.implementations.triton_decode.append import append_keys
+
+    for page_size in (16, 256):
+        call = meta_pages(case, page_size)
+        launcher.launch(Problem(call), out, lse)
+    new_k, new_v = (x.new_empty(case.batch, 1, *x.shape[2:]) for x in (call.k, call.v))
+    append_keys(call.k, call.v, new_k, new_v, call.mask.seqused_k, call.block_table)
 
 
 def spilled(kernel) -> int:

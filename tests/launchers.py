@@ -6,7 +6,7 @@ Nothing of Triton is imported before it is asked for: a machine may have a Trito
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib import import_module
 
 import torch
@@ -84,7 +84,12 @@ def _wide(case: Case, target: str) -> bool:
     return _hopper(case, target) and max(case.dims) > 128
 
 
+def _decode(case: Case, target: str) -> bool:
+    return case.lengths_q is None
+
+
 LAUNCHERS = (
+    Launcher("triton_decode.forward", ("_decode_fwd_kernel",), _decode),
     Launcher("triton.forward", ("_attn_fwd_kernel",), _any),
     Launcher("triton.backward", ("_attn_bwd_dq_kernel", "_attn_bwd_dkv_kernel"), _any),
     Launcher("triton_window.forward", ("_window_fwd_kernel",), _window),
@@ -100,6 +105,16 @@ LAUNCHERS = (
 def backends(case: Case, target: str) -> list[str]:
     """The implementations that serve ``case`` on ``target``."""
     return [launcher.backend for launcher in LAUNCHERS if launcher.is_forward and launcher.serves(case, target)]
+
+
+def meta_pages(case: Case, page_size: int = 16) -> Call:
+    """``case`` on a cache of pages whose rows begin late, likewise. Padding masks go."""
+    call = meta_call(case)
+    n = -(-call.seqlen_k // page_size)
+    k, v = (x.new_empty(2 * case.batch * n, page_size, *x.shape[2:]) for x in (call.k, call.v))
+    lengths = torch.empty(case.batch, dtype=torch.int32, device="meta")
+    mask = Mask(call.mask.left, call.mask.right, seqused_k=lengths, leftpad_k=lengths)
+    return replace(call, k=k, v=v, mask=mask, block_table=lengths.new_empty(case.batch, n))
 
 
 def meta_call(case: Case) -> Call:

@@ -280,7 +280,8 @@ def test_wrong_cu_seqlens_stay_inside_their_tensors(cu, side):
     wrong, right = torch.tensor(cu, dtype=torch.int32), cu_seqlens((20, 30, 20))
     cu_q, cu_k = (wrong if side in (name, "both") else right for name in "qk")
     q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    out, _ = attention_forward(q, k, v, inputs.sinks, cu_q, cu_k, None, None, 31, 0, case.scale, 0.0, True, "triton")
+    tensors, options = (cu_q, cu_k, *(None,) * 4), (31, 0, case.scale, 0.0, True, "triton")
+    out, _ = attention_forward(q, k, v, inputs.sinks, *tensors, *options)
     for x in (out, *torch.autograd.grad(out, (q, k, v), inputs.dout)):
         assert not bool(x.isnan().any())
 
@@ -291,7 +292,8 @@ def test_wrong_seqused_stays_inside_its_tensors(used):
     inputs = make_inputs(case)
     seqused = torch.tensor(used, dtype=torch.int32)
     q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    out, _ = attention_forward(q, k, v, inputs.sinks, None, None, None, seqused, 31, 0, case.scale, 0.0, True, "triton")
+    tensors, options = (None, None, None, seqused, None, None), (31, 0, case.scale, 0.0, True, "triton")
+    out, _ = attention_forward(q, k, v, inputs.sinks, *tensors, *options)
     for x in (out, *torch.autograd.grad(out, (q, k, v), inputs.dout)):
         assert not bool(x.isnan().any())
 

@@ -9,7 +9,7 @@ import pytest
 from typer.testing import CliRunner
 
 from triton_attention_sink_hf.bench import measure, peers, plots, report
-from triton_attention_sink_hf.bench.cases import CASES, SHORT, UNEVEN, Case
+from triton_attention_sink_hf.bench.cases import CASES, DECODE_CASES, SHORT, UNEVEN, Case
 from triton_attention_sink_hf.bench.peers import Runner
 from triton_attention_sink_hf.cli import app
 
@@ -32,8 +32,27 @@ def test_visible_scores_and_bytes():
     assert dense.bytes("forward") == 8 * (2 * 3 * 8 * 2 + 2 * 1 * 8 * 2 + 3 * 4)
 
 
+@pytest.mark.parametrize("window", [None, 6])
+@pytest.mark.parametrize("queries", [1, 3])
+def test_a_decode_case_is_checked_against_fp64(queries, window):
+    case = Case("decode", 2, 20, heads_q=4, heads_k=2, head_dim=16, window=window, queries=queries)
+    tensors = measure.make_tensors(case, device="cpu")
+    assert tensors["q"].shape == (2, queries, 4, 16) and tensors["k"].shape == (2, 20, 2, 16)
+    for name in ("ours", "eager"):
+        runner = peers.PEERS[name](case, tensors)
+        assert runner.backward is None
+        assert measure._check(runner, measure.oracles(case, tensors))["out"] < 0.01
+    keys = min(window or 20, 20)
+    assert case.visible_scores == queries * keys * 8 - (0 if window else 8 * sum(range(queries)))
+    assert case.bytes("forward") < 2 * (2 * queries * 4 * 16 * 2 + 2 * (keys + queries) * 2 * 16 * 2 + queries * 4 * 4)
+    row = _row("ours", "forward", 2.0, DECODE_CASES[0].name)
+    (line,) = report.summarise([row], CEILINGS)
+    assert line["gb_s"] == pytest.approx(DECODE_CASES[0].bytes("forward") / 2.0 / 1e6)
+    assert "GB/s" in report.table([line])
+
+
 def test_cases_are_what_their_names_say():
-    assert len({case.name for case in CASES}) == len(CASES)
+    assert len({case.name for case in (*CASES, *DECODE_CASES)}) == len(CASES) + len(DECODE_CASES)
     assert sum(UNEVEN) == 32768 and min(UNEVEN) == 1 and max(UNEVEN) == 16384
     assert len(SHORT) == 1000
     for case in CASES:

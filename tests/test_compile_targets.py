@@ -43,7 +43,7 @@ def _compile(target: str, *arguments: str, script: str = "compile_target.py") ->
 
 
 def _check(target: str, rows: list[dict]) -> None:
-    backends = ("triton",) if target != "sm90" else ("triton", "triton_window", "triton_hopper")
+    backends = ("triton", "triton_decode") + (("triton_window", "triton_hopper") if target == "sm90" else ())
     expected = [name for launcher in LAUNCHERS if launcher.backend in backends for name in launcher.kernels]
     assert expected and set(expected) <= {row["kernel"] for row in rows}
     wrong = [
@@ -58,8 +58,8 @@ def _check(target: str, rows: list[dict]) -> None:
 
 @pytest.mark.parametrize("target", ["sm80", "sm90", "sm100", "gfx942"])
 def test_compiles_and_fits(target):
-    rows = _compile(target, "narrow packed window", "medium", "wide 192/128", "wide 256 padding")
-    assert "_segment_range_kernel" in {row["kernel"] for row in rows}
+    rows = _compile(target, "narrow packed window", "medium", "wide 192/128", "wide 256 padding", "narrow decode")
+    assert {"_segment_range_kernel", "_decode_reduce_kernel", "_append_kernel"} <= {row["kernel"] for row in rows}
     _check(target, rows)
 
 

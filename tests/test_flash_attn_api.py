@@ -131,6 +131,93 @@ def test_gradients_flow_through_an_append(causal):
     torch.testing.assert_close(found, torch.autograd.grad(expected.square().sum(), k)[0])
 
 
+INTS = dict(dtype=torch.int32)
+
+
+@pytest.mark.parametrize("causal", [False, True])
+def test_kvcache_in_pages(causal):
+    """Appended to pages and read from them, as from a cache in one piece; other pages stay as they were."""
+    q, k, v = inputs(seqlen=3)
+    _, old_k, old_v = inputs(seqlen=8)
+    seqlens, table = torch.tensor((2, 5), **INTS), torch.tensor([[3, 0], [4, 1]], **INTS)
+    caches = [x.clone() for x in (old_k, old_v)]
+    pages = [torch.full((6, 4, HKV, D), float("nan")) for _ in range(2)]
+    for cache, x in zip(pages, caches, strict=True):
+        cache[table.long()] = x.unflatten(1, (2, 4))
+    options = dict(cache_seqlens=seqlens, causal=causal, s_aux=SINKS, return_softmax_lse=True)
+    found, lse = flash_attn_with_kvcache(q, *pages, k, v, block_table=table, **options)
+    expected, expected_lse = flash_attn_with_kvcache(q, *caches, k, v, **options)
+    torch.testing.assert_close(found, expected)
+    torch.testing.assert_close(lse, expected_lse)
+    for cache, x in zip(pages, caches, strict=True):
+        assert torch.equal(cache[table.long()].flatten(1, 2), x) and bool(cache[[2, 5]].isnan().all())
+
+
+def test_kvcache_rows_by_index():
+    q, k, v = inputs(seqlen=1)
+    _, old_k, old_v = inputs(batch=5, seqlen=8)
+    index, seqlens = torch.tensor((4, 1), **INTS), torch.tensor((2, 7), **INTS)
+    caches = [x[index.long()].clone() for x in (old_k, old_v)]
+    expected = flash_attn_with_kvcache(q, *caches, k, v, cache_seqlens=seqlens, s_aux=SINKS)
+    found = flash_attn_with_kvcache(q, old_k, old_v, k, v, cache_seqlens=seqlens, cache_batch_idx=index, s_aux=SINKS)
+    torch.testing.assert_close(found, expected)
+    assert torch.equal(old_k[index.long()], caches[0]) and torch.equal(old_v[index.long()], caches[1])
+
+
+@pytest.mark.parametrize("window_size", [(-1, -1), (2, 0)])
+def test_kvcache_with_left_padding(window_size):
+    """Each row as the row alone without its first slots."""
+    q, k, v = inputs(seqlen=2)
+    _, old_k, old_v = inputs(seqlen=9)
+    leftpad, lengths = (3, 0), (6, 4)
+    options = dict(causal=True, window_size=window_size, s_aux=SINKS)
+    alone = [
+        flash_attn_with_kvcache(
+            q[row : row + 1], old_k[row : row + 1, pad:].clone(), old_v[row : row + 1, pad:].clone(),
+            k[row : row + 1], v[row : row + 1], cache_seqlens=n - pad, **options,
+        )
+        for row, (pad, n) in enumerate(zip(leftpad, lengths, strict=True))
+    ]  # fmt: skip
+    old_k[0, :3] = old_v[0, :3] = float("nan")
+    found = flash_attn_with_kvcache(
+        q, old_k, old_v, k, v, cache_seqlens=torch.tensor(lengths, **INTS),
+        cache_leftpad=torch.tensor(leftpad, **INTS), **options,
+    )  # fmt: skip
+    torch.testing.assert_close(found, torch.cat(alone))
+    torch.testing.assert_close(old_k[0, 6:8], k[0])
+
+
+@pytest.mark.parametrize("page_size", [None, 1, 3, 8])
+@pytest.mark.parametrize("heads", [1, 3])
+def test_the_kernel_that_appends(page_size, heads, bounds_checked):
+    """What a GPU uses, interpreted, against the assignment that a CPU uses. It writes no key that does not fit."""
+    pytest.importorskip("triton")
+    from triton_attention_sink_hf.flash_attn_api import _append
+    from triton_attention_sink_hf.implementations.triton_decode.append import append_keys
+
+    seqlens = torch.tensor((2, 0, 19), **INTS)
+    k, v = torch.randn(3, 5, heads, 12), torch.randn(3, 5, 2 * heads, 20)[:, :, ::2]
+    pages, table = (3, 24), None
+    if page_size is not None:
+        n = 24 // page_size
+        pages, table = (4 * n, page_size), torch.randperm(4 * n)[: 3 * n].view(3, n).to(torch.int32)
+    found = [torch.full((*pages, heads, size), float("nan")) for size in (12, 20)]
+    expected = [x.clone() for x in found]
+    append_keys(*found, k, v, seqlens, table)
+    _append(*expected, k, v, seqlens, table)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0)) and bool((~a.isnan()).any())
+    append_keys(*found, -k, -v, torch.tensor((-5, 24, 2**31 - 9), **INTS), table)
+    for a, b in zip(found, expected, strict=True):
+        assert torch.equal(a.nan_to_num(7.0), b.nan_to_num(7.0))
+    if table is not None:
+        table[:] = torch.tensor((-1, 4 * n, 2**31 - 1))[:, None]
+        append_keys(*found, -k, -v, seqlens, table)
+        assert torch.equal(found[0].nan_to_num(7.0), expected[0].nan_to_num(7.0))
+        with pytest.raises(IndexError, match="a page for every new key"):
+            _append(*expected, k, v, seqlens, table)
+
+
 TENSOR = torch.zeros(1)
 REFUSED = [
     (flash_attn_func, dict(dropout_p=0.1), "dropout_p must be 0.0, got 0.1"),
@@ -143,9 +230,15 @@ REFUSED = [
     (flash_attn_varlen_func, dict(return_attn_probs=True), "return_attn_probs must be False, got True"),
     (flash_attn_with_kvcache, dict(rotary_cos=TENSOR), "rotary_cos must be None, got a tensor"),
     (flash_attn_with_kvcache, dict(rotary_sin=TENSOR), "rotary_sin must be None, got a tensor"),
-    (flash_attn_with_kvcache, dict(block_table=TENSOR), "block_table must be None, got a tensor"),
-    (flash_attn_with_kvcache, dict(cache_batch_idx=TENSOR), "cache_batch_idx must be None, got a tensor"),
-    (flash_attn_with_kvcache, dict(cache_leftpad=TENSOR), "cache_leftpad must be None, got a tensor"),
+    (flash_attn_with_kvcache, dict(block_table=torch.zeros(3, 1, **INTS)), "block_table must be (B, n) with B = 2"),
+    (flash_attn_with_kvcache, dict(block_table=torch.full((2, 1), 2, **INTS)), "pages from 0 to 1 where keys are in"),
+    (flash_attn_with_kvcache, dict(cache_batch_idx=TENSOR), "cache_batch_idx must be int32 (B,) = (2,), got (1,)"),
+    (
+        flash_attn_with_kvcache,
+        dict(cache_batch_idx=torch.zeros(2, **INTS), block_table=TENSOR),
+        "cache_batch_idx must be None where block_table is given",
+    ),
+    (flash_attn_with_kvcache, dict(cache_leftpad=torch.tensor([0, 10], **INTS)), "leftpad_k must be between 0 and Sk"),
     (flash_attn_with_kvcache, dict(alibi_slopes=TENSOR), "alibi_slopes must be None, got a tensor"),
     (flash_attn_with_kvcache, dict(cache_seqlens=S + 1), "seqused_k must be between 0 and Sk = 9, got 10..10"),
     (flash_attn_with_kvcache, dict(k=inputs()[1]), "k and v must both be given"),

@@ -486,7 +486,7 @@ def test_wrong_cu_seqlens_stay_inside_their_tensors(poisoned, head_dim, implemen
     good = cu_seqlens((T,), "cuda")
     for cu_q, cu_k in ((cu, cu), (good.expand(2), cu[:2]), (cu[1:3], good)):
         out, lse = attention_forward(
-            q, k, v, inputs.sinks, cu_q, cu_k, None, None, 31, 0, case.scale, 0.0, False, implementation
+            q, k, v, inputs.sinks, cu_q, cu_k, *(None,) * 4, 31, 0, case.scale, 0.0, False, implementation
         )
         gradients = torch.autograd.grad(out, (q, k, v), inputs.dout)
         for x in (out, lse, *gradients):
@@ -526,7 +526,7 @@ def test_opcheck():
     case = Case(96, heads=(4, 2), head_dim=32, dtype=FP16)
     inputs = make_inputs(case, "cuda")
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
-    torch.library.opcheck(attention_forward, (*leaves, None, None, None, None, 31, 0, case.scale, 0.0, True, "triton"))
+    torch.library.opcheck(attention_forward, (*leaves, *(None,) * 6, 31, 0, case.scale, 0.0, True, "triton"))
 
 
 def test_checkpoint_and_autocast():

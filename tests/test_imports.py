@@ -131,10 +131,11 @@ assert not imported, imported
 """)
 
 
-BACKENDS = {"flash_attention_4", "triton", "triton_window", "triton_hopper"}
+BACKENDS = {"flash_attention_4", "triton", "triton_decode", "triton_window", "triton_hopper"}
 # What a module of a backend may import of the other backends. To hand a whole call over, its __init__ may import the
 # portable backend; the window's asks for Hopper's backward when it is first called for.
 ACROSS = {
+    "triton_decode/__init__.py": {"triton"},
     "triton_window/__init__.py": {"triton", "triton_hopper.backward_window"},
     "triton_hopper/__init__.py": {"triton"},
 }

@@ -87,6 +87,25 @@ CASES = {
     "used int64": (TypeError, {"seqused_k": torch.tensor([1, 2])}, "seqused_k must be torch.int32, got torch.int64"),
     "used too long": (ValueError, {"seqused_k": _ints(7, 1)}, r"seqused_k must be between 0 and Sk = 6, got 1\.\.7"),
     "used negative": (ValueError, {"seqused_k": _ints(-1, 1)}, r"seqused_k must be between 0 and Sk = 6, got -1\.\.1"),
+    "leftpad too long": (ValueError, {"leftpad_k": _ints(7, 1)}, r"leftpad_k must be between 0 and Sk = 6, got 1\.\.7"),
+    "leftpad float": (TypeError, {"leftpad_k": torch.zeros(2)}, "leftpad_k must be torch.int32, got torch.float32"),
+    "pages int64": (
+        TypeError,
+        {"block_table": torch.zeros(2, 1).long()},
+        "block_table must be torch.int32, got torch.int64",
+    ),
+    "pages flat": (ValueError, {"block_table": _ints(0, 1)}, r"block_table must be \(B, n\) with B = 2, got \(2,\)"),
+    "page unknown": (ValueError, {"block_table": _ints(0, 2).view(2, 1)}, r"block_table must name pages .*got 0\.\.2"),
+    "page negative": (
+        ValueError,
+        {"block_table": _ints(0, 1, 0, -1).view(2, 2), "seqused_k": _ints(6, 7)},
+        r"block_table must name pages from 0 to 1 where keys are in use, got -1\.\.0",
+    ),
+    "pages and padding": (
+        ValueError,
+        {"block_table": _ints(0, 1).view(2, 1), "key_padding_mask": torch.ones(2, 6, dtype=torch.bool)},
+        "key_padding_mask must be None where block_table is given",
+    ),
     "used of three": (ValueError, {"seqused_k": _ints(1, 1, 1)}, r"seqused_k must be \(B,\) = \(2,\), got \(3,\)"),
     # packed rows
     "one cu_seqlens": (ValueError, _packed(cu_seqlens_k=None), "cu_seqlens_k must be given when the other"),
@@ -130,6 +149,8 @@ CASES = {
         _packed(key_padding_mask=torch.ones(1, 12, dtype=torch.bool)),
         r"key_padding_mask must be \(T,\) = \(12,\), got \(1, 12\)",
     ),
+    "packed leftpad": (ValueError, _packed(leftpad_k=_ints(3)), "leftpad_k must be None for packed rows"),
+    "packed pages": (ValueError, _packed(block_table=_ints(3)), "block_table must be None for packed rows"),
     "packed used": (ValueError, _packed(seqused_k=_ints(3)), "seqused_k must be None for packed rows"),
     # implementations
     "implementation": (ValueError, {"implementation": "cuda"}, "implementation must be one of .*'auto'.*got 'cuda'"),

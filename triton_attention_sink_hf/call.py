@@ -26,11 +26,13 @@ class Call:
 
     Attributes:
         q: (B, Sq, Hq, D). k: (B, Sk, Hkv, D). v: (B, Sk, Hkv, Dv). One dtype, one device, any strides.
+            With a block_table k and v are pages, (pages, page size, Hkv, D or Dv).
         sinks: (Hq,) floating, or None.
         mask: which keys a query sees.
         softmax_scale, softcap: see ``attention_sink``; softcap 0 = none.
         deterministic: the caller asked for bit-exact gradients.
         memo: what earlier calls of this kind found out; None if the call is traced.
+        block_table: int32 (B, n), the pages of each batch row, Sk = n * page size; or None.
     """
 
     q: Tensor
@@ -42,6 +44,12 @@ class Call:
     softcap: float
     deterministic: bool
     memo: Memo | None = None
+    block_table: Tensor | None = None
+
+    @property
+    def seqlen_k(self) -> int:
+        """Sk: key slots of a batch row, or rows of a packed one."""
+        return self.k.shape[1] if self.block_table is None else self.block_table.shape[1] * self.k.shape[1]
 
     def tensors(self) -> Tensors:
         """The ``N_TENSORS`` tensors."""
@@ -49,6 +57,7 @@ class Call:
         return (
             self.q, self.k, self.v, self.sinks,
             mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
+            mask.leftpad_k, self.block_table,
         )  # fmt: skip
 
     def options(self) -> tuple:
@@ -59,16 +68,17 @@ class Call:
     @classmethod
     def join(cls, tensors: Tensors, options: tuple, memo: Memo | None) -> Call:
         """The call with these ``tensors()`` and ``options()``."""
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k = tensors
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table = tensors
         left, right, softmax_scale, softcap, deterministic = options
-        mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
-        return cls(q, k, v, sinks, mask, softmax_scale, softcap, deterministic, memo)
+        mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k)
+        return cls(q, k, v, sinks, mask, softmax_scale, softcap, deterministic, memo, block_table)
 
 
-N_TENSORS = 8
+N_TENSORS = 10
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? sinks, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_padding_mask, Tensor? seqused_k, "
+    "Tensor? leftpad_k, Tensor? block_table, "
     "SymInt left, SymInt right, float softmax_scale, float softcap, bool deterministic"
 )
 

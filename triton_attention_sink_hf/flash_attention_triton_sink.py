@@ -12,6 +12,7 @@ packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, els
 padding             2-D masks, left, right or between; integers above 1 number the samples
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
+continuous batches  of transformers' paged cache: ``cu_seq_lens_q/k``, or ``block_table``, ``k_cache`` and ``v_cache``
 sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
 refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
                     sliding window, layers with keys that their mask was not made for, ring attention, and any keyword
@@ -28,6 +29,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from .integrations.continuous_batching import batch_attention, is_continuous_batch
 from .integrations.forward_mask import NO_PADDING, ForwardMask
 from .integrations.mask_function import attention_mask
 from .integrations.sequence_parallel import (
@@ -54,7 +56,13 @@ IGNORED_KEYWORDS = {
     "lse_square_scale", "num_items_in_batch", "reduction", "return_entropy", "return_loss", "return_log_probs",
     "return_predicted_tokens", "return_token_accuracy", "return_z_loss", "shift_labels", "skip_logits", "temperature",
     "token_scaling", "use_token_scaling", "vocab_size",
+    # of continuous batching; what changes the result is honoured where it comes with these
+    "logits_indices", "logits_processor_args", "read_index", "write_index",
 }  # fmt: skip
+# Keywords of continuous batching that change the result.
+_OF_BATCHES = (
+    "cache", "read_index", "write_index", "block_table", "k_cache", "v_cache", "max_seqlen_q", "max_seqlen_k",
+)  # fmt: skip
 
 
 def attention_forward(
@@ -100,6 +108,7 @@ def attention_forward(
     Raises:
         ValueError, TypeError, NotImplementedError: what cannot be honoured, named.
     """
+    cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES} if is_continuous_batch(kwargs) else None
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
     sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
@@ -107,6 +116,11 @@ def attention_forward(
         mask = attention_mask
     else:
         mask = _layers_own_mask(module, q, k, attention_mask, is_causal, sliding_window)
+    if cached is not None:
+        return _continuous_batch(
+            module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, cached,
+            sinks=sinks, softmax_scale=scaling, softcap=0.0 if softcap is None else softcap,
+        ), None  # fmt: skip
     mask.check(q.shape[1], k.shape[1])
     rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
@@ -144,6 +158,14 @@ def attention_forward(
     else:
         out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
     return out if group is None else scatter_rows(group, out), None
+
+
+def _continuous_batch(module, query, key, value, mask: ForwardMask, cu_q, cu_k, cached: dict, **options) -> Tensor:
+    """Attention of a row of requests. The mask says which keys beside its own a query sees; cu_seq_lens the rest."""
+    if not mask.causal or mask.real is not None:
+        raise ValueError("attention_mask must be None in continuous batching, and the layers causal: use generate()")
+    mask.forward.used = True
+    return batch_attention(module, query, key, value, cu_q, cu_k, cached, window_size=mask.window, **options)
 
 
 def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from .call import Call, Tensors, memo_of, traced
-from .implementations import KERNELS, REFERENCE, fastest, unsupported_reason
+from .implementations import CACHES, KERNELS, REFERENCE, fastest, unsupported_reason
 from .reference import reference_attention
 from .tracing import constant_result
 from .validation import check_options, check_tensors, readable
@@ -51,6 +51,8 @@ def attention_sink(
     max_seqlen_k: int | None = ...,
     key_padding_mask: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    leftpad_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
     implementation: str = ...,
@@ -72,6 +74,8 @@ def attention_sink(
     max_seqlen_k: int | None = ...,
     key_padding_mask: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    leftpad_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[True],
     implementation: str = ...,
@@ -93,6 +97,8 @@ def attention_sink(
     max_seqlen_k: int | None = ...,
     key_padding_mask: Tensor | None = ...,
     seqused_k: Tensor | None = ...,
+    leftpad_k: Tensor | None = ...,
+    block_table: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: bool,
     implementation: str = ...,
@@ -113,6 +119,8 @@ def attention_sink(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
@@ -138,6 +146,9 @@ def attention_sink(
         max_seqlen_q, max_seqlen_k: accepted for flash-attn's callers; the kernels do not need them.
         key_padding_mask: bool (B, Sk), or packed (Tk,); True = real key.
         seqused_k: int32 (B,), keys in use of a longer cache; causality is aligned to them.
+        leftpad_k: int32 (B,), hidden slots at the start of a cache, which count in seqused_k and in positions.
+        block_table: int32 (B, n): k (pages, page size, Hkv, D) and v are pages, and these are each row's, in order.
+            Entries for pages without a key in use may hold anything.
         deterministic: None follows ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, (B, Hq, Sq) or packed (Hq, Tq), fp32, natural log, sink included.
         implementation: "auto" (the fastest that supports the call) or a name, which then runs or raises.
@@ -149,8 +160,17 @@ def attention_sink(
         ValueError, TypeError: an argument that cannot be honoured, before any kernel starts.
     """
     q, k, v = follow_autocast(q, k, v)
-    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    tensors = (
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+    )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
+    if (block_table is not None or leftpad_k is not None) and not _read_in_place(call, implementation):
+        k, v, key_padding_mask = _plain_cache(call)
+        return attention_sink(
+            q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+            key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
+            implementation=implementation,
+        )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
         if implementation == "auto" and q.device.type not in ("cpu", "meta"):
@@ -183,11 +203,15 @@ def explain(
     max_seqlen_k: int | None = None,
     key_padding_mask: Tensor | None = None,
     seqused_k: Tensor | None = None,
+    leftpad_k: Tensor | None = None,
+    block_table: Tensor | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
     """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
     q, k, v = follow_autocast(q, k, v)
-    tensors = (q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k)
+    tensors = (
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+    )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
     return Explanation(fastest(call), reasons)
@@ -211,6 +235,8 @@ def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_
     call = Call.join(tensors, options, memo)
     mask, packed = call.mask, call.mask.cu_seqlens_q is not None
     values = mask.cu_seqlens_q if packed else mask.seqused_k
+    if values is None:
+        values = mask.leftpad_k if call.block_table is None else call.block_table
     if memo is None or not memo.checked or (values is not None and readable(values)):
         check_tensors(call, max_seqlens)
         if memo is not None:
@@ -250,6 +276,32 @@ def _choose(call: Call, implementation: str) -> str:
     return name
 
 
+def _read_in_place(call: Call, implementation: str) -> bool:
+    """Whether a kernel reads the call's pages and left padding. It has no gradient."""
+    tensors = (call.q, call.k, call.v, call.sinks)
+    if torch.is_grad_enabled() and any(x is not None and x.requires_grad for x in tensors):
+        return False
+    return implementation in ("auto", CACHES) and _choose(call, implementation) == CACHES
+
+
+def _plain_cache(call: Call) -> tuple[Tensor, Tensor, Tensor | None]:
+    """k, v (B, Sk, Hkv, D) and key_padding_mask (B, Sk) that say what pages and left padding do, for the
+    implementations that know neither. Differentiable. Slots that hold no key, perhaps NaN, become 0."""
+    k, v, real = call.k, call.v, call.mask.key_padding_mask
+    if call.block_table is not None:
+        table = call.block_table.long().clamp(0, max(k.shape[0] - 1, 0))
+        k, v = k[table].flatten(1, 2), v[table].flatten(1, 2)
+    slot = torch.arange(k.shape[1], device=k.device)
+    kept = torch.ones(k.shape[0], k.shape[1], dtype=torch.bool, device=k.device)
+    if call.mask.leftpad_k is not None:
+        kept = slot >= call.mask.leftpad_k[:, None]
+        real = kept if real is None else real & kept
+    if call.mask.seqused_k is not None:
+        kept = kept & (slot < call.mask.seqused_k[:, None])
+    k, v = (x.where(kept[:, :, None, None], 0.0) for x in (k, v))
+    return k, v, real
+
+
 _WARNED = set()
 
 
@@ -271,6 +323,8 @@ def _find(call: Call, implementation: str) -> str:
     if implementation == "auto":
         if call.memo is not None:
             return fastest(call)
+        if call.block_table is not None or call.mask.leftpad_k is not None:
+            return CACHES if unsupported_reason(CACHES, call, automatic=True) is None else REFERENCE
         # Traced: the operator chooses, since sizes that are compared here would become guards, and more graphs.
         return "auto" if unsupported_reason(KERNELS[-1], call, automatic=True) is None else REFERENCE
     if implementation not in names:

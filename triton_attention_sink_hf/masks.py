@@ -40,6 +40,7 @@ class Mask:
             belong to no segment and see nothing. Entries may repeat (empty segments).
         key_padding_mask: bool (B, Sk), True = real key; packed rows have B = 1.
         seqused_k: int32 (B,), keys in use; later slots are hidden, and the alignment is to this length.
+        leftpad_k: int32 (B,), slots before the first key; they count in seqused_k and in positions, and are hidden.
     """
 
     left: int = -1
@@ -48,6 +49,7 @@ class Mask:
     cu_seqlens_k: Tensor | None = None
     key_padding_mask: Tensor | None = None
     seqused_k: Tensor | None = None
+    leftpad_k: Tensor | None = None
 
     def __post_init__(self):
         if self.left >= MAX_ROWS:
@@ -78,6 +80,8 @@ class Mask:
                 used = self.seqused_k.long().clamp(0, seqlen_k)[:, None, None]
                 shift = used - seqlen_q
                 visible = visible & (j < used)
+            if self.leftpad_k is not None:
+                visible = visible & (j >= self.leftpad_k.long()[:, None, None])
         if self.left >= 0:
             visible = visible & (j >= i + shift - self.left)
         if self.right >= 0:

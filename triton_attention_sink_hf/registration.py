@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 
 from .flash_attention_triton_sink import attention_forward, attention_mask
+from .integrations.continuous_batching import PREFIX
 
 NAME = "triton_attention_sink"
 ALIAS = f"/{NAME}"  # for hosts that take a name of their own list or anything with a slash, as Axolotl does
@@ -29,7 +30,7 @@ def register() -> tuple[str, ...]:
     except ImportError as error:
         raise ImportError(f"transformers must be installed and >= {MINIMUM}, got {_installed()}: {error}") from error
     names = registered_names()
-    for name in names:
+    for name in (*names, PREFIX + NAME):  # the last: what continuous batching asks for, in some versions
         AttentionInterface.register(name, attention_forward)
         AttentionMaskInterface.register(name, attention_mask)
     return names

@@ -39,9 +39,9 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
 
     ``call``: packed rows without a batch dimension. ``max_seqlens``: of queries and keys.
     """
-    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k = call.tensors()
+    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table = call.tensors()
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
-    check_qkv(q, k, v, packed)
+    check_qkv(q, k, v, packed, paged=block_table is not None)
     device = q.device
     if sinks is not None:
         heads = q.shape[-2]
@@ -52,9 +52,14 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
             hint = _layout_hint(q, k) if sinks.shape == (q.shape[-3],) else ""
             raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}{hint}")
     if packed:
-        if seqused_k is not None:
-            raise ValueError("seqused_k must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
+        for name, value in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k), ("block_table", block_table)):
+            if value is not None:
+                raise ValueError(f"{name} must be None for packed rows (cu_seqlens_q, cu_seqlens_k), got a tensor")
         _check_cu_seqlens(q, k, cu_seqlens_q, cu_seqlens_k, *max_seqlens)
+    if block_table is not None:
+        _check_block_table(block_table, q, k)
+        if key_padding_mask is not None:
+            raise ValueError("key_padding_mask must be None where block_table is given, got a mask: use leftpad_k")
     if key_padding_mask is not None:
         _check_tensor("key_padding_mask", key_padding_mask, device)
         if key_padding_mask.dtype != torch.bool:
@@ -64,15 +69,19 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
             swapped = not packed and tuple(key_padding_mask.shape) == (k.shape[0], k.shape[2])
             hint = _layout_hint(q, k) if swapped else ""
             raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}{hint}")
-    if seqused_k is not None:
-        batch, seqlen_k = q.shape[0], k.shape[1]
-        _check_int32_vector("seqused_k", seqused_k, device)
-        if seqused_k.shape[0] != batch:
-            raise ValueError(f"seqused_k must be (B,) = ({batch},), got {tuple(seqused_k.shape)}")
-        if readable(seqused_k):
-            low, high = int(seqused_k.min()), int(seqused_k.max())
+    for name, lengths in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
+        if lengths is None:
+            continue
+        batch, seqlen_k = q.shape[0], call.seqlen_k
+        _check_int32_vector(name, lengths, device)
+        if lengths.shape[0] != batch:
+            raise ValueError(f"{name} must be (B,) = ({batch},), got {tuple(lengths.shape)}")
+        if batch and readable(lengths):
+            low, high = int(lengths.min()), int(lengths.max())
             if low < 0 or high > seqlen_k:
-                raise ValueError(f"seqused_k must be between 0 and Sk = {seqlen_k}, got {low}..{high}")
+                raise ValueError(f"{name} must be between 0 and Sk = {seqlen_k}, got {low}..{high}")
+    if block_table is not None and readable(block_table):
+        _check_pages(call)
 
 
 def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
@@ -87,7 +96,7 @@ def _check_tensor(name: str, value: object, device: torch.device | None = None) 
         raise ValueError(f"{name} must be on q's device {device}, got {value.device}")
 
 
-def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
+def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool = False) -> None:
     """The part of ``check_tensors`` that concerns q, k and v alone: dtypes, devices, shapes, heads."""
     _check_tensor("q", q)
     dtype, device, dims = q.dtype, q.device, 3 if packed else 4
@@ -109,12 +118,39 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool) -> None:
         raise ValueError(f"k's head dimension must be q's {q_shape[-1]}, got {k_shape[-1]}")
     if k_shape[:-1] != v_shape[:-1]:
         raise ValueError(f"v must be {tuple(k_shape[:-1])} + (Dv,) as k, got {tuple(v_shape)}")
-    if not packed and k_shape[0] != q_shape[0]:
+    if not packed and not paged and k_shape[0] != q_shape[0]:
         raise ValueError(f"k's batch must be q's {q_shape[0]}, got {k_shape[0]}")
     heads_q, heads_k = q_shape[-2], k_shape[-2]
     if heads_q == 0 or heads_k == 0 or heads_q % heads_k:
         hint = _layout_hint(q, k) if q_shape[-3] < heads_q else ""
         raise ValueError(f"q's heads must be a multiple of k's heads, got {heads_q} and {heads_k}{hint}")
+
+
+def _check_block_table(block_table: object, q: Tensor, k: Tensor) -> None:
+    _check_tensor("block_table", block_table, q.device)
+    if block_table.dtype != torch.int32:
+        raise TypeError(f"block_table must be torch.int32, got {block_table.dtype}")
+    if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
+        raise ValueError(f"block_table must be (B, n) with B = {q.shape[0]}, got {tuple(block_table.shape)}")
+    if block_table.numel() and not k.shape[0]:
+        raise ValueError(f"k must have pages where block_table names some, got shape {tuple(k.shape)}")
+
+
+def _check_pages(call: Call) -> None:
+    """Entries for pages without a key in use may hold anything."""
+    mask, pages, page_size = call.mask, *call.k.shape[:2]
+    first = torch.arange(call.block_table.shape[1], device=call.q.device) * page_size
+    in_use = torch.ones_like(call.block_table, dtype=torch.bool)
+    if mask.seqused_k is not None:
+        in_use &= first < mask.seqused_k[:, None]
+    if mask.leftpad_k is not None:
+        in_use &= first + page_size > mask.leftpad_k[:, None]
+    named = call.block_table[in_use]
+    if named.numel() and (int(named.min()) < 0 or int(named.max()) >= pages):
+        raise ValueError(
+            f"block_table must name pages from 0 to {pages - 1} where keys are in use, got "
+            f"{int(named.min())}..{int(named.max())}"
+        )
 
 
 def _layout_hint(q: Tensor, k: Tensor) -> str:

@@ -17,6 +17,7 @@ class Case:
         heads_q, heads_k, head_dim: Hq, Hkv, D.
         window: a query sees this many keys, its own included; None = all before it.
         lengths: segment lengths of a packed row; None = dense.
+        queries: decoding: each row has so many queries, at the end of its S keys, and no gradient; 0 = S.
     """
 
     name: str
@@ -27,10 +28,18 @@ class Case:
     head_dim: int = 64
     window: int | None = None
     lengths: tuple[int, ...] | None = None
+    queries: int = 0
+
+    @property
+    def seqlen_q(self) -> int:
+        return self.queries or self.seqlen
 
     @cached_property
     def visible_scores(self) -> int:
         """Pairs of query and key that are computed, over batch and heads."""
+        if self.queries:
+            seen = (min(self.window or self.seqlen, self.seqlen - i) for i in range(self.queries))
+            return sum(seen) * self.batch * self.heads_q
         segments = self.lengths or (self.seqlen,) * self.batch
         window = self.window or max(segments)
         pairs = 0
@@ -45,9 +54,11 @@ class Case:
 
     def bytes(self, direction: str) -> int:
         """Each input read once, each output written once (bf16; lse and delta fp32)."""
-        tokens = self.batch * self.seqlen
+        tokens, keys = self.batch * self.seqlen_q, self.batch * self.seqlen
+        if self.queries and self.window:
+            keys = self.batch * min(self.window + self.queries - 1, self.seqlen)  # the others are not read
         query_side = tokens * self.heads_q * self.head_dim * 2
-        key_side = tokens * self.heads_k * self.head_dim * 2
+        key_side = keys * self.heads_k * self.head_dim * 2
         statistics = tokens * self.heads_q * 4
         if direction == "forward":
             return 2 * query_side + 2 * key_side + statistics  # q, out; k, v; lse
@@ -85,6 +96,16 @@ CASES = (
     Case("packed-uneven-window128", 1, 32768, window=128, lengths=UNEVEN),
     Case("packed-short", 1, 32000, lengths=SHORT),
     Case("packed-short-window128", 1, 32000, window=128, lengths=SHORT),
+)
+
+DECODE_CASES = (
+    Case("decode-32x8k", 32, 8192, queries=1),
+    Case("decode-4x32k", 4, 32768, queries=1),
+    Case("decode-1x128k", 1, 131072, queries=1),
+    Case("decode-32x8k-window128", 32, 8192, window=128, queries=1),
+    Case("decode-8q-32x8k", 32, 8192, queries=8),
+    Case("decode-d128-32x8k", 32, 8192, head_dim=128, queries=1),
+    Case("decode-d128-1x128k", 1, 131072, head_dim=128, queries=1),
 )
 
 # a gpt-oss layer pair is one full and one windowed layer, forward and backward

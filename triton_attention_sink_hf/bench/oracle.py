@@ -9,8 +9,9 @@ CHUNK_ELEMENTS = 2**27
 
 
 def oracle(case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dout: Tensor, head_k: int) -> dict[str, Tensor]:
-    """out, dq (B, S, G, D), dk, dv (B, S, D), dsink (G,) in fp64 for the query heads of key head ``head_k``."""
+    """out, dq (B, Sq, G, D), dk, dv (B, Sk, D), dsink (G,) in fp64 for the query heads of key head ``head_k``."""
     B, S, Hq, D = q.shape
+    shift = k.shape[1] - S
     G = Hq // k.shape[2]
     scale = D**-0.5
     heads = slice(head_k * G, (head_k + 1) * G)
@@ -22,7 +23,8 @@ def oracle(case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dout: Tensor, h
     result = {
         name: torch.zeros(shape, dtype=torch.float64, device=q.device)
         for name, shape in (
-            ("out", (B, S, G, D)), ("dq", (B, S, G, D)), ("dk", (B, S, D)), ("dv", (B, S, D)), ("dsink", (G,)),
+            ("out", (B, S, G, D)), ("dq", (B, S, G, D)), ("dk", (B, S + shift, D)), ("dv", (B, S + shift, D)),
+            ("dsink", (G,)),
         )
     }  # fmt: skip
     for b in range(B):
@@ -30,21 +32,23 @@ def oracle(case, q: Tensor, k: Tensor, v: Tensor, sinks: Tensor, dout: Tensor, h
         K, V = k[b, :, head_k].double(), v[b, :, head_k].double()
         i0 = 0
         while i0 < S:
-            first = max(int(starts[i0]), i0 - (case.window or S) + 1)
-            i1 = min(S, i0 + max(1, CHUNK_ELEMENTS // (G * (i0 - first + 2048))), i0 + 2048)
+            reach = case.window or S + shift
+            first = max(int(starts[i0]), i0 + shift - reach + 1)
+            i1 = min(S, i0 + max(1, CHUNK_ELEMENTS // (G * (i0 + shift - first + 2048))), i0 + 2048)
+            keys = slice(first, i1 + shift)
             i = torch.arange(i0, i1, device=q.device)[:, None]
-            j = torch.arange(first, i1, device=q.device)[None]
-            visible = (j <= i) & (j > i - (case.window or S)) & (j >= starts[i0:i1, None])
-            x = (Q[:, i0:i1] @ K[first:i1].T * scale).masked_fill_(~visible, float("-inf"))
+            j = torch.arange(first, i1 + shift, device=q.device)[None]
+            visible = (j <= i + shift) & (j > i + shift - reach) & (j >= starts[i0:i1, None])
+            x = (Q[:, i0:i1] @ K[keys].T * scale).masked_fill_(~visible, float("-inf"))
             lse = torch.logaddexp(torch.logsumexp(x, -1), sink)
             p = x.sub_(lse[..., None]).exp_()
-            dp = dO[:, i0:i1] @ V[first:i1].T
+            dp = dO[:, i0:i1] @ V[keys].T
             delta = (p * dp).sum(-1)
             ds = p * (dp - delta[..., None])
-            result["out"][b, i0:i1] = (p @ V[first:i1]).transpose(0, 1)
-            result["dq"][b, i0:i1] = (ds @ K[first:i1] * scale).transpose(0, 1)
-            result["dk"][b, first:i1] += torch.einsum("gij,gid->jd", ds, Q[:, i0:i1]) * scale
-            result["dv"][b, first:i1] += torch.einsum("gij,gid->jd", p, dO[:, i0:i1])
+            result["out"][b, i0:i1] = (p @ V[keys]).transpose(0, 1)
+            result["dq"][b, i0:i1] = (ds @ K[keys] * scale).transpose(0, 1)
+            result["dk"][b, keys] += torch.einsum("gij,gid->jd", ds, Q[:, i0:i1]) * scale
+            result["dv"][b, keys] += torch.einsum("gij,gid->jd", p, dO[:, i0:i1])
             result["dsink"] -= (torch.exp(sink - lse) * delta).sum(-1)
             i0 = i1
     return result

@@ -29,7 +29,11 @@ class Runner:
 
 
 def _autograd(function: Callable[..., Tensor], tensors: dict[str, Tensor], has_backward: bool = True) -> Runner:
-    """A runner around a differentiable function of q, k, v, sinks that returns out (B, S, H, D)."""
+    """A runner around a differentiable function of q, k, v, sinks that returns out (B, S, H, D).
+
+    Decoding has no backward.
+    """
+    has_backward = has_backward and tensors["q"].shape[1] == tensors["k"].shape[1]
     inputs = [tensors[name].detach().clone().requires_grad_(has_backward) for name in ("q", "k", "v", "sinks")]
     saved: list[Tensor] = []
 
@@ -61,6 +65,11 @@ def _cu_seqlens(case, device) -> Tensor:
     return torch.tensor([0, *case.lengths]).cumsum(0).to(device, torch.int32)
 
 
+def _lengths(case, tensors) -> Tensor:
+    """Keys in use of each row of a cache, as decoding knows them: on the device."""
+    return torch.full((case.batch,), case.seqlen, dtype=torch.int32, device=tensors["q"].device)
+
+
 def _window(case) -> tuple[int, int]:
     return (-1, -1) if case.window is None else (case.window - 1, 0)
 
@@ -70,6 +79,8 @@ def ours(case, tensors, implementation: str = "auto") -> Runner:
     from ..interface import attention_sink
 
     call = partial(attention_sink, window_size=_window(case), implementation=implementation)
+    if case.queries:
+        call = partial(call, seqused_k=_lengths(case, tensors))
     return _autograd(_dense_or_packed(case, tensors, call, call), tensors)
 
 
@@ -86,7 +97,7 @@ def flash_attention_4(case, tensors) -> Runner:
 
 
 def flash_attention_3(case, tensors) -> Runner:
-    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func
+    from flash_attn_interface import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
 
     sinks = tensors["sinks"].bfloat16()
 
@@ -94,6 +105,8 @@ def flash_attention_3(case, tensors) -> Runner:
         return function(q, k, v, causal=True, window_size=_window(case), sinks=sinks, **lengths)
 
     dense, packed = partial(call, flash_attn_func), partial(call, flash_attn_varlen_func)
+    if case.queries:
+        dense = partial(call, partial(flash_attn_with_kvcache, cache_seqlens=_lengths(case, tensors)))
     return _autograd(_dense_or_packed(case, tensors, dense, packed), tensors, has_backward=False)
 
 
@@ -102,6 +115,8 @@ def flash_linear_attention(case, tensors) -> Runner:
 
     if case.head_dim > 128:
         raise Unsupported("parallel_attn takes a head dimension up to 128 in practice")
+    if case.queries:
+        raise Unsupported("parallel_attn takes as many queries as keys")
     cu = None if case.lengths is None else _cu_seqlens(case, tensors["q"].device).long()
     return _autograd(
         lambda q, k, v, s: parallel_attn(q, k, v, sink_bias=s, window_size=case.window, cu_seqlens=cu), tensors
@@ -121,13 +136,15 @@ def flex_attention(case, tensors) -> Runner:
         lengths = torch.tensor(case.lengths, device=device)
         segment = torch.repeat_interleave(torch.arange(len(case.lengths), device=device), lengths)
 
+    shift = case.seqlen - case.seqlen_q
+
     def visible(b, h, i, j):
-        ok = i >= j
+        ok = i + shift >= j
         if case.window is not None:
-            ok = ok & (i - j < case.window)
+            ok = ok & (i + shift - j < case.window)
         return ok if segment is None else ok & (segment[i] == segment[j])
 
-    mask = torch.compile(create_block_mask)(visible, None, None, case.seqlen, case.seqlen, device=device)
+    mask = torch.compile(create_block_mask)(visible, None, None, case.seqlen_q, case.seqlen, device=device)
     compiled = torch.compile(flex_attention)
 
     def function(q, k, v, s):
@@ -143,6 +160,8 @@ def cudnn(case, tensors) -> Runner:
 
     if case.lengths is not None:
         raise Unsupported("cuDNN's backward with packed rows and a sink needs 9.26")
+    if case.queries:
+        raise Unsupported("cuDNN refuses a sink where there are fewer queries than keys")
     q, k, v, dout = (tensors[name].transpose(1, 2) for name in ("q", "k", "v", "dout"))
     sink = tensors["sinks"].float().view(1, -1, 1, 1).contiguous()
     B, H, S, D = q.shape
@@ -214,11 +233,11 @@ def cudnn(case, tensors) -> Runner:
 
 def eager(case, tensors) -> Runner:
     """Eager attention as in Hugging Face's models: the whole score matrix in the input dtype."""
-    if case.visible_scores and case.batch * case.heads_q * case.seqlen**2 * 2 * 4 > 60e9:
+    if case.visible_scores and case.batch * case.heads_q * case.seqlen_q * case.seqlen * 2 * 4 > 60e9:
         raise Unsupported("the score matrices do not fit into the card's memory")
     S, group = case.seqlen, case.heads_q // case.heads_k
     device = tensors["q"].device
-    i, j = torch.arange(S, device=device)[:, None], torch.arange(S, device=device)[None]
+    i, j = torch.arange(S - case.seqlen_q, S, device=device)[:, None], torch.arange(S, device=device)[None]
     visible = j <= i
     if case.window is not None:
         visible &= i - j < case.window
@@ -226,7 +245,7 @@ def eager(case, tensors) -> Runner:
         lengths = torch.tensor(case.lengths, device=device)
         segment = torch.repeat_interleave(torch.arange(len(case.lengths), device=device), lengths)
         visible &= segment[:, None] == segment[None]
-    bias = torch.zeros(S, S, device=device, dtype=torch.bfloat16).masked_fill_(
+    bias = torch.zeros(case.seqlen_q, S, device=device, dtype=torch.bfloat16).masked_fill_(
         ~visible, torch.finfo(torch.bfloat16).min
     )
 

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cases import CASES, RL, SHORT, UNEVEN, Case
+from .cases import CASES, DECODE_CASES, RL, SHORT, UNEVEN, Case
 from .report import OURS
 
 # Ours first. Okabe and Ito's colours, which colour-blind readers can tell apart. Eager is no speed to compare with.
@@ -86,7 +86,7 @@ def panels(runs: list[dict], direction: str) -> list[Panel]:
     timed = {row["implementation"] for run in runs for row in run["rows"] if "ms" in row}
     names = [name for name in COLOURS if name in timed]
     found: dict[tuple[str, int], list[Group]] = {}
-    for case in CASES:
+    for case in (*CASES, *DECODE_CASES):
         for n, run in enumerate(runs):
             rows = [row for row in run["rows"] if row["case"] == case.name]
             if group := _group(case, rows, names, direction):
@@ -98,11 +98,17 @@ def panels(runs: list[dict], direction: str) -> list[Panel]:
 
 
 def _kind(case: Case) -> str:
+    if case.queries:
+        return "Decoding: few queries on a long cache"
     return ("Packed rows" if case.lengths else "Dense rows") + (", sliding window" if case.window else ", full causal")
 
 
 def _label(case: Case) -> str:
     mask = f"window {case.window}" if case.window else "full causal"
+    if case.queries:
+        queries = "" if case.queries == 1 else f"{case.queries} queries, "
+        heads = f"{case.heads_q}/{case.heads_k} heads"
+        return f"{queries}{case.batch} x {case.seqlen // 1024}k keys, {mask}, D {case.head_dim}, {heads}"
     if case.lengths:
         return f"{PACKED[case.lengths]}, {mask}"
     return f"{mask}, {case.seqlen // 1024}k, D {case.head_dim}"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .cases import CASES, GPT_OSS_PAIR, Case
+from .cases import CASES, DECODE_CASES, GPT_OSS_PAIR, Case
 
 OURS = "ours"
 
@@ -20,7 +20,7 @@ def floor_ms(case: Case, direction: str, ceilings: dict[str, float]) -> float:
 def summarise(rows: list[dict], ceilings: dict[str, float]) -> list[dict]:
     """One line per case and direction: our time, the best peer's, their ratio, percent of the floor, TFLOP/s."""
     lines = []
-    for case in CASES:
+    for case in (*CASES, *DECODE_CASES):
         for direction in ("forward", "backward"):
             times = {
                 row["implementation"]: row
@@ -48,6 +48,8 @@ def summarise(rows: list[dict], ceilings: dict[str, float]) -> list[dict]:
                     "peers_ms": peers,
                 }
             )
+            if case.queries:
+                lines[-1]["gb_s"] = case.bytes(direction) / ms / 1e6
     return lines
 
 
@@ -66,7 +68,7 @@ def pair_ms(rows: list[dict]) -> dict[str, float]:
 def table(lines: list[dict]) -> str:
     """Plain text, one line per case and direction."""
     text = [
-        f"{'case':26s} {'':8s} {'ms':>8s} {'TFLOP/s':>8s} {'% floor':>8s} {'host us':>8s}  "
+        f"{'case':26s} {'':8s} {'ms':>8s} {'TFLOP/s':>8s} {'GB/s':>8s} {'% floor':>8s} {'host us':>8s}  "
         f"{'best peer':>26s} {'ratio':>6s}"
     ]
     for line in lines:
@@ -75,6 +77,7 @@ def table(lines: list[dict]) -> str:
             peer, ratio = f"{line['best_peer']} {line['best_peer_ms']:.3f}", f"{line['speedup']:.2f}"
         text.append(
             f"{line['case']:26s} {line['direction']:8s} {line['ms']:8.3f} {line['tflop_s']:8.0f} "
+            f"{format(line['gb_s'], '.0f') if 'gb_s' in line else '-':>8s} "
             f"{line['percent_of_floor']:8.0f} {line['host_us']:8.0f}  {peer:>26s} {ratio:>6s}"
         )
     return "\n".join(text)

@@ -12,9 +12,10 @@ from __future__ import annotations
 from functools import lru_cache
 from types import ModuleType
 
-# "auto" takes the first that it can; the last one supports what any other does
-KERNELS = ("flash_attention_4", "triton_window", "triton_hopper", "triton")
+# "auto" takes the first that it can; the last one supports what any other does, but for pages and left padding
+KERNELS = ("triton_decode", "flash_attention_4", "triton_window", "triton_hopper", "triton")
 OWN_AUTOGRAD = ("flash_attention_4",)
+CACHES = "triton_decode"  # reads pages and left padding where they are
 REFERENCE = "reference"
 
 
@@ -22,7 +23,9 @@ REFERENCE = "reference"
 def load(name: str) -> ModuleType:
     """Import the backend ``name``; ImportError if what it needs is not installed."""
     # import statements, because torch.compile traces them and not importlib
-    if name == "flash_attention_4":
+    if name == "triton_decode":
+        from . import triton_decode as backend
+    elif name == "flash_attention_4":
         from . import flash_attention_4 as backend
     elif name == "triton_window":
         from . import triton_window as backend

@@ -43,7 +43,7 @@ class Problem:
 
     @property
     def seqlen_k(self) -> int:
-        return self.call.k.shape[1]
+        return self.call.seqlen_k
 
     @property
     def heads_q(self) -> int:

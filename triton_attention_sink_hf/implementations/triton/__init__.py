@@ -23,6 +23,13 @@ _DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
 def supports(call: Call) -> str | None:
     """Why these kernels cannot serve ``call``; None if they can."""
+    if call.block_table is not None or call.mask.leftpad_k is not None:
+        return "only triton_decode reads block_table and leftpad_k; the others are given a gathered cache and a mask"
+    return limits(call)
+
+
+def limits(call: Call) -> str | None:
+    """What no Triton kernel of any backend takes, or None."""
     q = call.q
     if q.dtype not in _DTYPES:
         return f"the Triton kernels take bfloat16, float16 or float32, got {q.dtype}"
