@@ -131,13 +131,15 @@ def test_packed_rows_of_as_many_entries_as_tokens(mask, head_dim):
         few = cu_seqlens(tuple(lengths), "cuda")
         assert inputs.mask.cu_seqlens_q.numel() == total + 1
         same = replace(inputs, mask=replace(inputs.mask, cu_seqlens_q=few, cu_seqlens_k=few))
-        answers = {
-            str(explain(inputs.q[0], inputs.k[0], inputs.v[0], cu_seqlens_q=cu, cu_seqlens_k=cu))
+        answers = [
+            explain(inputs.q[0], inputs.k[0], inputs.v[0], cu_seqlens_q=cu, cu_seqlens_k=cu)
             for cu in (few, inputs.mask.cu_seqlens_q)
-        }
-        assert len(answers) == 1
+        ]
+        for answer in answers:
+            answer.reasons.pop("flash_attention_4")  # whose workspace grows with the entries
+        assert answers[0] == answers[1]
         if "triton_hopper" in implementations(case):
-            assert answers.pop().startswith("triton_hopper serves this call")
+            assert answers[0].implementation == "triton_hopper"
         for implementation in implementations(case):
             results = run(case, inputs, implementation)
             assert_within_budget(case, inputs, results, rounded_delta=implementation == "triton_hopper")

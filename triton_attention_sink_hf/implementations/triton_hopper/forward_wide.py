@@ -7,7 +7,9 @@ shorter than the other warpgroup's products. So:
 - Unmasked blocks are *guarded* (``guarded_softmax.py``): 340 instructions a block instead of 448 at D 128.
 - Tiles of up to EXACT blocks keep exact maxima: the largest P of a row is then 1, without a rounding error, which
   counts in rows of few keys.
-- K and V have rings of their own and one barrier together. The output leaves by TMA through the tile's own q buffer.
+- K and V have rings of their own and one barrier together.
+- The output leaves by TMA: at D 128 through the tile's own q buffer, of which there are three; at D 256 in two halves
+  through memory of its own. Stores from registers would take a quarter of the time of a tile at D 256.
 
 Programs are persistent, as in ``forward.py``.
 
@@ -37,7 +39,7 @@ from .guarded_softmax import (
     rescale_if_voted,
     unpack,
 )
-from .launch import call_constants, row_blocks, section_of_heads
+from .launch import call_constants, padded, row_blocks, section_of_heads
 from .tile_table import packed_tensors, table_slots
 from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
@@ -50,7 +52,7 @@ FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton
 class _Memory:
     """Shared memory: q of two consumers in Q_BUFFERS buffers; rings of STAGES blocks of BLOCK_N keys and of values;
     barriers. ``full`` of a slot announces K of block c and V of block c - 1. PINGPONG: consumers take turns at the
-    tensor cores. COPY_OUT: the output leaves through the q buffer."""
+    tensor cores. THROUGH_Q: the output leaves through the q buffer. HALVES: through ``out``, 128 columns at a time."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -60,13 +62,15 @@ class _Memory:
     full: gl.shared_memory_descriptor
     k_empty: gl.shared_memory_descriptor
     v_empty: gl.shared_memory_descriptor
+    out: gl.shared_memory_descriptor
     BLOCK_N: gl.constexpr
     BLOCK_D: gl.constexpr
     BLOCK_DV: gl.constexpr
     STAGES: gl.constexpr
     Q_BUFFERS: gl.constexpr
     PINGPONG: gl.constexpr
-    COPY_OUT: gl.constexpr
+    THROUGH_Q: gl.constexpr
+    HALVES: gl.constexpr
 
     @gluon.jit
     def queries(self, buffer):
@@ -200,12 +204,32 @@ def _step(
 
 
 @gluon.jit
-def _copy_out(out_desc, tile, out, b, head, token):
-    """Store 64 rows by TMA, through the shared memory of ``tile``."""
+def _copy_out(out_desc, tile, out, b, head, token, column: gl.constexpr):
+    """Store 64 rows of up to 128 columns by TMA, through the shared memory of ``tile``."""
     tile.reshape([out.shape[0], out.shape[1]]).store(out)
     fence_async_shared()
     thread_barrier()
-    async_store(out_desc, [b, head, token, 0], tile)
+    async_store(out_desc, [b, head, token, column], tile)
+
+
+@gluon.jit
+def _copy_halves_out(out_desc, tile, out, b, head, token):
+    """Store 64 rows of 256 columns by TMA, half by half."""
+    left, right = gl.split(out.reshape([64, 2, 128]).permute((0, 2, 1)))
+    tma.store_wait(0)  # what was stored before has left ``tile``
+    thread_barrier()
+    _copy_out(out_desc, tile, left, b, head, token, 0)
+    tma.store_wait(0)
+    thread_barrier()
+    _copy_out(out_desc, tile, right, b, head, token, 128)
+
+
+@gluon.jit
+def _copy_rows_out(out_desc, memory, buffer, w: gl.constexpr, out, b, head, token):
+    if memory.THROUGH_Q:
+        _copy_out(out_desc, memory.q.index(buffer), out, b, head, token, 0)
+    else:
+        _copy_halves_out(out_desc, memory.out.index(w), out, b, head, token)
 
 
 @gluon.jit
@@ -285,7 +309,7 @@ def _consumer(
                 P, acc, m, l = _step(P, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, False, False, HAS_LO)
                 c += 1
                 n0 -= BLOCK_N
-        if memory.COPY_OUT:
+        if memory.THROUGH_Q:
             if i > 0:  # the last tile's output has left its q buffer
                 tma.store_wait(0)
                 mbarrier.arrive(memory.q_empty.index((i - 1) % Q_BUFFERS * 2 + w), count=1)
@@ -316,13 +340,12 @@ def _consumer(
         factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), gl.SliceLayout(1, acc_layout))
         gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
-        tile = memory.q.index(buffer)
-        if not memory.COPY_OUT:
+        if not memory.THROUGH_Q and not memory.HALVES:
             out_rows.store(out, token, end, b, head, acc_layout)
         elif not PACKED:  # noqa: SIM114 (known when compiled, the next is not)
-            _copy_out(out_desc, tile, out, b, head, token)
+            _copy_rows_out(out_desc, memory, buffer, w, out, b, head, token)
         elif token + 64 <= end:
-            _copy_out(out_desc, tile, out, b, head, token)
+            _copy_rows_out(out_desc, memory, buffer, w, out, b, head, token)
         else:  # rows from ``end`` on are another tile's
             out_rows.store(out, token, end, b, head, acc_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
@@ -331,7 +354,7 @@ def _consumer(
         first = next_first
         end = next_end
         bh = next_bh
-    if memory.COPY_OUT:
+    if memory.THROUGH_Q or memory.HALVES:
         tma.store_wait(0)
     if w == 0:
         memory.wait_for_turn(0)
@@ -357,14 +380,18 @@ def _hopper_wide_fwd_kernel(
         TILE=128, LAST_FIRST=True, HAS_BEFORE=HAS_LEFT, HAS_AFTER=HAS_RIGHT, PACKED=PACKED,
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
+    q = gl.allocate_shared_memory(dtype, [Q_BUFFERS * 2, 1, 1, 64, BLOCK_D], q_desc.layout)
+    out = q
+    if BLOCK_DV == 256:
+        out = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, 128], out_desc.layout)
     memory = _Memory(
-        q=gl.allocate_shared_memory(dtype, [Q_BUFFERS * 2, 1, 1, 64, BLOCK_D], q_desc.layout),
+        q=q,
         k=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout),
         v=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout),
         q_full=new_barriers(Q_BUFFERS * 2), q_empty=new_barriers(Q_BUFFERS * 2),
         full=new_barriers(STAGES), k_empty=new_barriers(STAGES), v_empty=new_barriers(STAGES),
         BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, STAGES=STAGES, Q_BUFFERS=Q_BUFFERS,
-        PINGPONG=PINGPONG, COPY_OUT=Q_BUFFERS >= 3 and BLOCK_D == BLOCK_DV,
+        out=out, PINGPONG=PINGPONG, THROUGH_Q=Q_BUFFERS >= 3 and BLOCK_D == BLOCK_DV, HALVES=BLOCK_DV == 256,
     )  # fmt: skip
     for j in gl.static_range(Q_BUFFERS * 2):
         mbarrier.init(memory.q_full.index(j), count=1)
@@ -374,12 +401,12 @@ def _hopper_wide_fwd_kernel(
         mbarrier.init(memory.k_empty.index(j), count=2)
         mbarrier.init(memory.v_empty.index(j), count=2)
     fence_async_shared()
-    out = Rows(ptr=out_ptr, stride_b=stride_ob, stride_t=stride_ot, stride_h=stride_oh, COLUMNS=DV, BLOCK=BLOCK_DV)
+    out_rows = Rows(ptr=out_ptr, stride_b=stride_ob, stride_t=stride_ot, stride_h=stride_oh, COLUMNS=DV, BLOCK=BLOCK_DV)
     # constexprs survive only in tuples written out here
     gl.warp_specialize(
         [
-            (_consumer, (0, out_desc, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, EXACT, HAS_SINK)),
-            (_consumer, (1, out_desc, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, EXACT, HAS_SINK)),
+            (_consumer, (0, out_desc, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, EXACT, HAS_SINK)),
+            (_consumer, (1, out_desc, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, EXACT, HAS_SINK)),
             (_producer, (q_desc, k_desc, v_desc, memory, queries)),
         ],
         [4, 1],
@@ -416,7 +443,7 @@ def _plan(problem: Problem, out_shape, out_strides) -> Launch:
         "q_desc": row_blocks(q.shape, q.stride(), q.dtype, 64),
         "k_desc": row_blocks(k.shape, k.stride(), k.dtype, config.block_n),
         "v_desc": row_blocks(v.shape, v.stride(), v.dtype, config.block_n),
-        "out_desc": row_blocks(out_shape, out_strides, q.dtype, 64),
+        "out_desc": row_blocks(out_shape, out_strides, q.dtype, 64, min(padded(v.shape[-1]), 128)),
     }
     return Launch(_hopper_wide_fwd_kernel, (min(tiles * heads, multiprocessors(q.device)),), blocks, **constants)
 
