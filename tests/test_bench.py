@@ -243,6 +243,8 @@ def test_the_repositorys_plots_are_of_its_results():
         png = (RESULTS / f"{direction}.png").read_bytes()
         for run in plots.read(RESULTS / "h100.json"):
             assert f"commit {run['environment']['commit']}".encode() in png
+    decoding = json.loads((RESULTS / "h100-decode.json").read_text())
+    assert f"commit {decoding['environment']['commit']}".encode() in (RESULTS / "decode.png").read_bytes()
 
 
 def test_bench_draws_a_result_again_without_a_gpu(tmp_path):

@@ -136,11 +136,16 @@ def _reason(rows: list[dict]) -> str:
 
 def caption(runs: list[dict]) -> str:
     """How to read the bars, head counts, then a line for each run: card, versions, date, commit."""
-    heads = {case.head_dim: f"{case.heads_q} query and {case.heads_k} key heads" for case in CASES}
+    measured = {row["case"] for run in runs for row in run["rows"]}
+    heads = {
+        case.head_dim: f"; D {case.head_dim}: {case.heads_q} query and {case.heads_k} key heads"
+        for case in CASES
+        if case.name in measured
+    }
     lines = [
         "Number at a bar: its time over ours; bold: the fastest peer; at our own bar: our time. Packed rows: several "
         "samples in one row.",
-        "bf16. D: head dimension. " + "; ".join(f"D {dim}: {text}" for dim, text in heads.items()) + ".",
+        f"bf16. D: head dimension{''.join(heads.values())}.",
     ]
     for n, run in enumerate(runs):
         of = run["environment"]
