@@ -105,6 +105,21 @@ def cap(x, softcap):
 
 
 @triton.jit
+def scaled(s, softmax_scale, softcap, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr, EXACT: tl.constexpr):
+    """(s, scale): s * scale are the scores times log2(e). EXACT, for fp32 operands: softmax_scale * LOG2E has one
+    rounding error for all scores, which shows in fp32 results."""
+    if PRESCALE or EXACT:
+        s = s * softmax_scale
+        if HAS_SOFTCAP:
+            s = cap(s, softcap)
+        s = s * LOG2E
+        scale = 1.0
+    else:
+        scale = softmax_scale * LOG2E
+    return s, scale
+
+
+@triton.jit
 def join_sink(m, l, sink, HAS_SINK: tl.constexpr):
     """The sink joins a row's softmax: (top, l, keys).
 

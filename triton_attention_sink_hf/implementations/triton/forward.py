@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.masks import query_interval, tile_plan
-from ..common.primitives import LN2, LOG2E, cap, join_sink, load_tile, matmul, row_offsets, store_tile
+from ..common.primitives import LN2, join_sink, load_tile, matmul, row_offsets, scaled, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
 from .config import forward_config
@@ -43,16 +43,8 @@ def _attend(
     k_tile = k_ptr + n0.to(tl.int64) * OPTIONS.stride_kt
     k = load_tile(k_tile, cols * OPTIONS.stride_kt, j < end, OPTIONS.stride_kd, D, OPTIONS.BLOCK_D, CHECK=MASKED)
     s = matmul(q, k.T)
-    # softmax_scale * LOG2E has one rounding error for all scores, which shows in fp32 results
     EXACT: tl.constexpr = q.dtype == tl.float32
-    if OPTIONS.PRESCALE or EXACT:
-        s = s * softmax_scale
-        if OPTIONS.HAS_SOFTCAP:
-            s = cap(s, softcap)
-        s = s * LOG2E
-        scale = 1.0
-    else:
-        scale = softmax_scale * LOG2E
+    s, scale = scaled(s, softmax_scale, softcap, OPTIONS.PRESCALE, OPTIONS.HAS_SOFTCAP, EXACT)
     if MASKED:
         visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
         if OPTIONS.HAS_PADDING:

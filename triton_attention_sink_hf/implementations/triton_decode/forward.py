@@ -11,7 +11,7 @@ import triton
 import triton.language as tl
 
 from ..common.masks import interval
-from ..common.primitives import LOG2E, cap, load_tile, matmul, row_offsets, store_tile
+from ..common.primitives import load_tile, matmul, row_offsets, scaled, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
 from .config import block_m, decode_config, pack, splits
@@ -83,16 +83,8 @@ def _attend(
     v_base, v_rows = _key_rows(table_ptr, n0, cols, inside, pages, stride_vb, OPTIONS.stride_vt, PAGE, BLOCK_N)
     k = load_tile(k_ptr + k_base, k_rows, inside, OPTIONS.stride_kd, OPTIONS.D, OPTIONS.BLOCK_D, CHECK=True)
     s = matmul(q, k.T)  # [rows, keys]
-    # softmax_scale * LOG2E has one rounding error for all scores, which shows in fp32 results
     EXACT: tl.constexpr = q.dtype == tl.float32
-    if OPTIONS.PRESCALE or EXACT:
-        s = s * softmax_scale
-        if OPTIONS.HAS_SOFTCAP:
-            s = cap(s, softcap)
-        s = s * LOG2E
-        scale = 1.0
-    else:
-        scale = softmax_scale * LOG2E
+    s, scale = scaled(s, softmax_scale, softcap, OPTIONS.PRESCALE, OPTIONS.HAS_SOFTCAP, EXACT)
     visible = (j[None, :] >= lo[:, None]) & (j[None, :] < hi[:, None])
     if OPTIONS.HAS_PADDING:
         real = tl.load(padding_ptr + j.to(tl.int64) * stride_pt, mask=inside, other=0)

@@ -6,8 +6,6 @@ take turns at the tensor cores (ping-pong, by named barriers). P stays in regist
 
 Programs are persistent. The next block may be the first of the next tile, so the pipeline never drains. Heavy tiles
 come first, in sections of heads whose keys fit L2.
-
-Over 400 lines: producer, consumer and launch are one pipeline, read together.
 """
 
 from triton.experimental import gluon
@@ -20,12 +18,12 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common.primitives import LN2, LOG2E
-from ..common.problem import Problem, ceil_div, multiprocessors, planned, strides
+from ..common.problem import Problem, planned
 from ..common.relaunch import Launch
 from .config import FORWARD
 from .gluon_compat import aggregate, async_load
-from .launch import call_constants, row_blocks, section_of_heads
-from .tile_table import packed_tensors, table_slots
+from .launch import forward_launch
+from .tile_table import packed_tensors
 from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
@@ -372,34 +370,7 @@ def _hopper_fwd_kernel(
 
 @planned
 def _plan(problem: Problem, out_strides) -> Launch:
-    call, mask, config = problem.call, problem.call.mask, FORWARD
-    heads = problem.batch * problem.heads_q
-    bytes_per_key = (call.k.shape[-1] + call.v.shape[-1]) * call.k.element_size()
-    slots = table_slots(problem.seqlen_q, TILE)
-    tiles = slots if mask.packed else ceil_div(problem.seqlen_q, TILE)
-    constants = {
-        **call_constants(problem),
-        "heads_q": problem.heads_q,
-        "slots": slots,
-        "tiles": tiles,
-        "heads": heads,
-        "section": section_of_heads(problem, problem.heads_q, config.l2_bytes // bytes_per_key),
-        **strides("o", out_strides),
-        "BLOCK_N": config.block_n,
-        "STAGES": config.stages,
-        "Q_BUFFERS": config.q_buffers,
-        "HAS_SINK": call.sinks is not None,
-        "CONSUMER_REGISTERS": config.registers[0],
-        "PRODUCER_REGISTERS": config.registers[1],
-    }
-    q, k, v = call.q, call.k, call.v
-    blocks = {
-        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, 64),
-        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, config.block_n),
-        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, config.block_n),
-    }
-    grid = (min(tiles * heads, multiprocessors(q.device)),)
-    return Launch(_hopper_fwd_kernel, grid, blocks, **constants)
+    return forward_launch(_hopper_fwd_kernel, problem, FORWARD, TILE, out_strides, blocks={})
 
 
 def launch_forward(problem: Problem, out, lse) -> None:

@@ -27,7 +27,7 @@ from triton.experimental.gluon.language.nvidia.hopper import (
 )
 
 from ..common.primitives import LN2, LOG2E
-from ..common.problem import Problem, ceil_div, multiprocessors, planned, strides
+from ..common.problem import Problem, planned
 from ..common.relaunch import Launch
 from .config import wide_forward_config
 from .gluon_compat import aggregate, async_load, async_store, thread_barrier
@@ -39,8 +39,8 @@ from .guarded_softmax import (
     rescale_if_voted,
     unpack,
 )
-from .launch import call_constants, padded, row_blocks, section_of_heads
-from .tile_table import packed_tensors, table_slots
+from .launch import forward_launch, padded, row_blocks
+from .tile_table import packed_tensors
 from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
 
 TILE = 128  # query rows of a program: 64 for each of two consumers
@@ -416,36 +416,18 @@ def _hopper_wide_fwd_kernel(
 
 @planned
 def _plan(problem: Problem, out_shape, out_strides) -> Launch:
-    call, mask, config = problem.call, problem.call.mask, wide_forward_config(problem)
-    heads = problem.batch * problem.heads_q
-    bytes_per_key = (call.k.shape[-1] + call.v.shape[-1]) * call.k.element_size()
-    slots = table_slots(problem.seqlen_q, TILE)
-    tiles = slots if mask.packed else ceil_div(problem.seqlen_q, TILE)
-    constants = {
-        **call_constants(problem),
-        "heads_q": problem.heads_q,
-        "slots": slots,
-        "tiles": tiles,
-        "heads": heads,
-        "section": section_of_heads(problem, problem.heads_q, config.l2_bytes // bytes_per_key),
-        **strides("o", out_strides),
-        "BLOCK_N": config.block_n,
-        "STAGES": config.stages,
-        "Q_BUFFERS": config.q_buffers,
-        "PINGPONG": config.pingpong,
-        "EXACT": config.exact_keys // config.block_n,
-        "HAS_SINK": call.sinks is not None,
-        "CONSUMER_REGISTERS": config.registers[0],
-        "PRODUCER_REGISTERS": config.registers[1],
-    }
-    q, k, v = call.q, call.k, call.v
-    blocks = {
-        "q_desc": row_blocks(q.shape, q.stride(), q.dtype, 64),
-        "k_desc": row_blocks(k.shape, k.stride(), k.dtype, config.block_n),
-        "v_desc": row_blocks(v.shape, v.stride(), v.dtype, config.block_n),
-        "out_desc": row_blocks(out_shape, out_strides, q.dtype, 64, min(padded(v.shape[-1]), 128)),
-    }
-    return Launch(_hopper_wide_fwd_kernel, (min(tiles * heads, multiprocessors(q.device)),), blocks, **constants)
+    q, config = problem.call.q, wide_forward_config(problem)
+    out_blocks = row_blocks(out_shape, out_strides, q.dtype, 64, min(padded(out_shape[-1]), 128))
+    return forward_launch(
+        _hopper_wide_fwd_kernel,
+        problem,
+        config,
+        TILE,
+        out_strides,
+        blocks={"out_desc": out_blocks},
+        PINGPONG=config.pingpong,
+        EXACT=config.exact_keys // config.block_n,
+    )
 
 
 def launch_forward(problem: Problem, out, lse) -> None:

@@ -8,8 +8,10 @@ import torch
 from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
 
-from ..common.problem import Problem, next_power_of_2
-from ..common.relaunch import Blocks
+from ..common.problem import Problem, ceil_div, multiprocessors, next_power_of_2, strides
+from ..common.relaunch import Blocks, Launch
+from .config import ForwardConfig
+from .tile_table import table_slots
 
 _DTYPES = {torch.bfloat16: gl.bfloat16, torch.float16: gl.float16, torch.float32: gl.float32}
 
@@ -82,3 +84,43 @@ def section_of_heads(problem: Problem, heads: int, keys: int) -> int:
     while total % (section * 2) == 0 and section * 2 // group * problem.seqlen_k <= keys:
         section *= 2
     return section
+
+
+def forward_launch(
+    kernel, problem: Problem, config: ForwardConfig, tile: int, out_strides, blocks: dict[str, Blocks], **constants
+) -> Launch:
+    """The launch of persistent programs, each of which takes tiles of ``tile`` queries.
+
+    Args:
+        blocks, constants: what the kernel takes beside q, k, v and the numbers that every forward takes.
+    """
+    call = problem.call
+    q, k, v = call.q, call.k, call.v
+    heads = problem.batch * problem.heads_q
+    bytes_per_key = (k.shape[-1] + v.shape[-1]) * k.element_size()
+    slots = table_slots(problem.seqlen_q, tile)
+    tiles = slots if call.mask.packed else ceil_div(problem.seqlen_q, tile)
+    return Launch(
+        kernel,
+        (min(tiles * heads, multiprocessors(q.device)),),
+        {
+            "q_desc": row_blocks(q.shape, q.stride(), q.dtype, 64),
+            "k_desc": row_blocks(k.shape, k.stride(), k.dtype, config.block_n),
+            "v_desc": row_blocks(v.shape, v.stride(), v.dtype, config.block_n),
+            **blocks,
+        },
+        **call_constants(problem),
+        heads_q=problem.heads_q,
+        slots=slots,
+        tiles=tiles,
+        heads=heads,
+        section=section_of_heads(problem, problem.heads_q, config.l2_bytes // bytes_per_key),
+        **strides("o", out_strides),
+        BLOCK_N=config.block_n,
+        STAGES=config.stages,
+        Q_BUFFERS=config.q_buffers,
+        HAS_SINK=call.sinks is not None,
+        CONSUMER_REGISTERS=config.registers[0],
+        PRODUCER_REGISTERS=config.registers[1],
+        **constants,
+    )
