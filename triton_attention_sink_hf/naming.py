@@ -36,13 +36,13 @@ def judge(string: str) -> Verdict:
         return Verdict(False, False, f"{error}")
     if string in registered_names():
         return Verdict(True, True, "this package's attention")
+    if "|" in string:
+        return Verdict(False, False, "transformers splits it at '|'")
     known = {"eager", *AttentionInterface().valid_keys()}
     if string in known:
         return Verdict(
             True, False, "transformers' own attention, not this package's; a model or a missing package may refuse it"
         )
-    if "|" in string:
-        return Verdict(False, False, "transformers splits it at '|'")
     for name, use in _USES.items():
         if string == name:
             return Verdict(False, False, f"{name!r} is {use}; the attention is called {NAME!r}")
