@@ -10,6 +10,7 @@ from triton_attention_sink_hf import attention_sink
 from triton_attention_sink_hf.implementations.common import relaunch
 from triton_attention_sink_hf.integrations.mask_function import attention_mask
 from triton_attention_sink_hf.masks import constant
+from triton_attention_sink_hf.ops import attention_forward
 
 LENGTHS = (5, 1, 10)
 
@@ -70,6 +71,14 @@ def test_saved_tensors_that_come_back_as_copies_share_nothing_but_are_right(laun
         got = _layers(constant(cu_seqlens(LENGTHS)), (-1, 3))
     assert launched.count("_segment_range_kernel") == 4
     assert torch.equal(got, want)
+
+
+def test_the_operator_shares_nothing(launched):
+    """torch.compile may run it in a CUDA graph's memory."""
+    x, cu = torch.randn(1, sum(LENGTHS), 2, 16), constant(cu_seqlens(LENGTHS))
+    for _ in range(2):
+        attention_forward(x, x, x, None, cu, cu, None, None, None, None, -1, 0, 0.25, 0.0, False, "triton")
+    assert launched.count("_segment_range_kernel") == 2
 
 
 @pytest.mark.parametrize("capturing", (False, True))

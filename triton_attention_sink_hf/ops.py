@@ -17,6 +17,7 @@ from torch.autograd import forward_ad
 
 from .call import N_TENSORS, SCHEMA, Call, Tensors, memo_of, placement, traced
 from .implementations import OWN_AUTOGRAD, fastest, load
+from .masks import DERIVED
 
 
 def attention_op(call: Call, implementation: str) -> tuple[Tensor, Tensor]:
@@ -83,8 +84,16 @@ def _forward(*inputs) -> tuple[Tensor, Tensor]:
 
 
 def _joined(fields: list) -> Call:
-    """The call of an operator's arguments. A memo cannot be one of them."""
-    tensors, options = tuple(fields[:N_TENSORS]), tuple(fields[N_TENSORS:])
+    """The call of an operator's arguments. A memo cannot be one of them.
+
+    Nor does an operator share what it derives of ``constant`` cu_seqlens: torch.compile may run it in the memory of a
+    CUDA graph, which the graph will use again.
+    """
+    tensors, options = list(fields[:N_TENSORS]), tuple(fields[N_TENSORS:])
+    if hasattr(tensors[4], DERIVED):
+        alias = tensors[4].detach()
+        tensors[4:6] = alias, alias if tensors[5] is tensors[4] else tensors[5]
+    tensors = tuple(tensors)
     return Call.join(tensors, options, memo_of(tensors, options))
 
 
