@@ -224,7 +224,7 @@ def _draw(axis, panel: Panel, height: float) -> None:
             write(ratio, y - 0.5, number, weight="bold" if name == best else "normal")
         y += GAP
     axis.vlines(1, 0, y - GAP, color="black", linewidth=0.8, linestyle=":", zorder=0)
-    axis.set(title=panel.title, xlabel="time / our time", xlim=(0, 1.14 * longest), ylim=(height, 0), yticks=[])
+    axis.set(title=panel.title, xlabel="time / our time", xlim=(0, 1.18 * longest), ylim=(height, 0), yticks=[])
     axis.locator_params(axis="x", integer=True)
 
 
