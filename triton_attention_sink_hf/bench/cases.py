@@ -107,6 +107,7 @@ DECODE_CASES = (
     Case("decode-d128-32x8k", 32, 8192, head_dim=128, queries=1),
     Case("decode-d128-1x128k", 1, 131072, head_dim=128, queries=1),
 )
+ALL_CASES = (*CASES, *DECODE_CASES)
 
 # a gpt-oss layer pair is one full and one windowed layer, forward and backward
 GPT_OSS_PAIR = ("full-8k", "window128-8k")

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from .cases import CASES, DECODE_CASES, RL, SHORT, UNEVEN, Case
+from .cases import ALL_CASES, CASES, RL, SHORT, UNEVEN, Case
 from .report import OURS
 
 # Ours first. Okabe and Ito's colours, which colour-blind readers can tell apart. Eager is no speed to compare with.
@@ -86,7 +86,7 @@ def panels(runs: list[dict], direction: str) -> list[Panel]:
     timed = {row["implementation"] for run in runs for row in run["rows"] if "ms" in row}
     names = [name for name in COLOURS if name in timed]
     found: dict[tuple[str, int], list[Group]] = {}
-    for case in (*CASES, *DECODE_CASES):
+    for case in ALL_CASES:
         for n, run in enumerate(runs):
             rows = [row for row in run["rows"] if row["case"] == case.name]
             if group := _group(case, rows, names, direction):

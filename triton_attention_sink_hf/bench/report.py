@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from .cases import CASES, DECODE_CASES, GPT_OSS_PAIR, Case
+from .cases import ALL_CASES, GPT_OSS_PAIR, Case
 
 OURS = "ours"
 
@@ -20,7 +20,7 @@ def floor_ms(case: Case, direction: str, ceilings: dict[str, float]) -> float:
 def summarise(rows: list[dict], ceilings: dict[str, float]) -> list[dict]:
     """One line per case and direction: our time, the best peer's, their ratio, percent of the floor, TFLOP/s."""
     lines = []
-    for case in (*CASES, *DECODE_CASES):
+    for case in ALL_CASES:
         for direction in ("forward", "backward"):
             times = {
                 row["implementation"]: row

@@ -59,18 +59,17 @@ def bench(
     for path in extra_path or []:
         site.addsitedir(str(path))
     from ..bench import report
-    from ..bench.cases import CASES, DECODE_CASES
+    from ..bench.cases import ALL_CASES
     from ..bench.measure import ceilings, compile_all, environment, measure, run_once
     from ..bench.peers import PEERS
 
-    known = (*CASES, *DECODE_CASES)
     wanted = [name for name in cases.split(",") if name]
-    chosen = [case for case in known if case.name in wanted]  # whole names before parts of names
-    chosen = chosen or [case for case in known if not wanted or any(part in case.name for part in wanted)]
+    chosen = [case for case in ALL_CASES if case.name in wanted]  # whole names before parts of names
+    chosen = chosen or [case for case in ALL_CASES if not wanted or any(part in case.name for part in wanted)]
     asked = [name for name in implementations.split(",") if name]
     names = [name for name in PEERS if not asked or name in asked]
     if not chosen:
-        refuse(f"cases must be parts of {[case.name for case in known]}, got {cases!r}")
+        refuse(f"cases must be parts of {[case.name for case in ALL_CASES]}, got {cases!r}")
     if unknown := [name for name in asked if name not in PEERS]:
         refuse(f"implementations must be some of {list(PEERS)}, got {unknown}")
     if plots:
@@ -107,10 +106,10 @@ def bench(
 
 
 def _list() -> None:
-    from ..bench.cases import CASES, DECODE_CASES
+    from ..bench.cases import ALL_CASES
     from ..bench.peers import PEERS
 
-    for title, names in (("cases", [case.name for case in (*CASES, *DECODE_CASES)]), ("implementations", PEERS)):
+    for title, names in (("cases", [case.name for case in ALL_CASES]), ("implementations", PEERS)):
         typer.echo("\n  ".join((title, *names)))
 
 

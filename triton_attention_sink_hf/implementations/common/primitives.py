@@ -137,3 +137,12 @@ def join_sink(m, l, sink, HAS_SINK: tl.constexpr):
     if HAS_SINK:
         l += tl.exp2((sink - top) * LOG2E)
     return top, l, keys
+
+
+@triton.jit
+def factor_and_lse(m, l, sink, HAS_SINK: tl.constexpr):
+    """The factor of a row's accumulator, and its lse, both with the sink. m, l, sink: see ``join_sink``."""
+    top, l, keys = join_sink(m, l, sink, HAS_SINK)
+    empty = l == 0.0
+    l = tl.where(empty, 1.0, l)
+    return keys / l, tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)

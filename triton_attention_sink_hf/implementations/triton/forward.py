@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.masks import query_interval, tile_plan
-from ..common.primitives import LN2, join_sink, load_tile, matmul, row_offsets, scaled, store_tile
+from ..common.primitives import factor_and_lse, load_tile, matmul, row_offsets, scaled, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
 from .config import forward_config
@@ -135,11 +135,8 @@ def _attn_fwd_kernel(
     sink = None
     if HAS_SINK:
         sink = tl.load(sink_ptr + heads).to(tl.float32)
-    top, l, keys = join_sink(m, l, sink, HAS_SINK)
-    empty = l == 0.0
-    l = tl.where(empty, 1.0, l)
-    out = acc * (keys / l)[:, None]
-    lse = tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
+    factor, lse = factor_and_lse(m, l, sink, HAS_SINK)
+    out = acc * factor[:, None]
     out_base = out_ptr + b.to(tl.int64) * stride_ob + head.to(tl.int64) * stride_oh
     store_tile(out_base, row_offsets(rows, token, stride_ot, stride_oh, PACK), valid, stride_od, out, DV, BLOCK_DV)
     tl.store(lse_ptr + (b * heads_q + heads).to(tl.int64) * seqlen_q + i, lse, mask=valid)

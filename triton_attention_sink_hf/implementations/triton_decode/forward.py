@@ -11,11 +11,11 @@ import triton
 import triton.language as tl
 
 from ..common.masks import interval
-from ..common.primitives import load_tile, matmul, row_offsets, scaled, store_tile
+from ..common.primitives import factor_and_lse, load_tile, matmul, row_offsets, scaled, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
 from .config import block_m, decode_config, pack, splits
-from .reduce import factor_and_lse, reduce_splits
+from .reduce import reduce_splits
 
 
 class _Options(NamedTuple):

@@ -3,19 +3,10 @@
 import triton
 import triton.language as tl
 
-from ..common.primitives import LN2, join_sink
+from ..common.primitives import factor_and_lse
 from ..common.problem import Problem, next_power_of_2, padded, planned, strides
 from ..common.relaunch import Launch
 from .config import MAX_REDUCE
-
-
-@triton.jit
-def factor_and_lse(m, l, sink, HAS_SINK: tl.constexpr):
-    """The factor of a row's accumulator, and its lse, both with the sink. m, l, sink: see ``join_sink``."""
-    top, l, keys = join_sink(m, l, sink, HAS_SINK)
-    empty = l == 0.0
-    l = tl.where(empty, 1.0, l)
-    return keys / l, tl.where(empty, float("-inf"), top + tl.log2(l) * LN2)
 
 
 @triton.jit(do_not_specialize=["n_splits"])

@@ -3,9 +3,9 @@
 Three warpgroups. Two consumers own 64 keys each. They compute transposed scores and dP, keep dk and dv in registers,
 take P and dS as register operands, and write dS to a ring of two slots. The third warpgroup loads q, dout, lse and
 delta by TMA and computes dq: dS K as an fp32 tile, which it adds to a buffer in memory straight from registers, 16
-bytes a thread. So the buffer has the order of registers (``dq_tile``), and blocks of queries begin at multiples of
-BLOCK_M. No barrier couples the consumers. A dS barrier means two things: dS is there, and both consumers are done with
-the q and dout of that block.
+bytes a thread. So the buffer has the order of registers (``dq_buffer_shape``), and blocks of queries begin at multiples
+of BLOCK_M. No barrier couples the consumers. A dS barrier means two things: dS is there, and both consumers are done
+with the q and dout of that block.
 
 dk, dv and dsink are deterministic. dq is not, because tiles are added as they arrive; so this kernel is not used when
 deterministic gradients are requested. ``backward_preprocess.py`` runs before it (delta, lse in base 2, dsink, zeros for

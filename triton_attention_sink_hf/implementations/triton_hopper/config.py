@@ -28,8 +28,8 @@ class ForwardConfig(NamedTuple):
         q_buffers: 2 let the next tile's queries load during this one; 3 let the output leave through one meanwhile.
         registers: of a consumer, of the producer.
         l2_bytes: K and V of the heads that are worked on side by side.
-        pingpong: consumers take turns at the tensor cores.
-        exact_keys: tiles that see no more keep exact maxima throughout.
+        pingpong: consumers take turns at the tensor cores; they always do up to D 64.
+        exact_keys: tiles that see no more keep exact maxima throughout; above D 64.
     """
 
     block_n: int

@@ -17,14 +17,14 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma_wait,
 )
 
-from ..common.primitives import LN2, LOG2E
+from ..common.primitives import LOG2E
 from ..common.problem import Problem, planned
 from ..common.relaunch import Launch
 from .config import FORWARD
 from .gluon_compat import aggregate, async_load
 from .launch import forward_launch
 from .tile_table import packed_tensors
-from .vocabulary import Rows, Tiles, item_of_round, join_sink, named_barrier, new_barriers, opaque_zero
+from .vocabulary import Rows, Tiles, factor_and_lse, item_of_round, named_barrier, new_barriers, opaque_zero
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 CONSUMERS: gl.constexpr = gl.constexpr(3)
@@ -305,11 +305,8 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
         sink = 0.0
         if HAS_SINK:
             sink = gl.load(sink_ptr + head).to(gl.float32)
-        top, l, keys = join_sink(m, l, sink, HAS_SINK)
-        nothing = l == 0.0
-        l = gl.where(nothing, 1.0, l)
-        lse = gl.where(nothing, float("-inf"), top + gl.log2(l) * LN2)
-        factor = gl.convert_layout(gl.where(nothing, 0.0, keys / l), acc_row_layout)
+        factor, lse = factor_and_lse(m, l, sink, HAS_SINK)
+        factor = gl.convert_layout(factor, acc_row_layout)
         gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
         store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])

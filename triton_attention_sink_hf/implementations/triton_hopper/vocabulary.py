@@ -227,8 +227,8 @@ def opaque_zero():
 
 
 @gluon.jit
-def join_sink(m, l, sink, HAS_SINK: gl.constexpr):
-    """The sink joins a row's softmax: (top, l, keys), as ``common.primitives.join_sink`` says."""
+def factor_and_lse(m, l, sink, HAS_SINK: gl.constexpr):
+    """The sink joins a row's softmax, as ``common.primitives`` says: the factor of its accumulator, and its lse."""
     seen = l > 0.0
     top = gl.where(seen, m * LN2, LOWEST)
     if HAS_SINK:
@@ -237,4 +237,7 @@ def join_sink(m, l, sink, HAS_SINK: gl.constexpr):
     l = l * keys
     if HAS_SINK:
         l += gl.exp2((sink - top) * LOG2E)
-    return top, l, keys
+    nothing = l == 0.0
+    l = gl.where(nothing, 1.0, l)
+    lse = gl.where(nothing, float("-inf"), top + gl.log2(l) * LN2)
+    return gl.where(nothing, 0.0, keys / l), lse
