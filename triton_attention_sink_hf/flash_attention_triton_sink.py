@@ -152,9 +152,11 @@ def attention_forward(
         cu_q, cu_k = _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
         key_padding_mask = seqused_k = None
     if cu_q is not None:
-        packed = (x.flatten(0, 1) for x in (q, k, v))
+        rows = (q, k, v) if q.shape[0] == 1 else (x.flatten(0, 1) for x in (q, k, v))
         options |= dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_padding_mask=key_padding_mask)
-        out = attention_sink(*packed, sinks, **options).unflatten(0, q.shape[:2])
+        out = attention_sink(*rows, sinks, **options)
+        if out.dim() == 3:
+            out = out.unflatten(0, q.shape[:2])
     else:
         out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
     return out if group is None else scatter_rows(group, out), None

@@ -135,6 +135,7 @@ def attention_sink(
         q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
         k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
         v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: any from 1 to 256; multiples of 8 from 16 are fast.
+            Packed q, k and v may all have a leading dimension of 1. Then the results have it too.
         sinks: (Hq,), any floating dtype; None = no sink.
         causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.
         window_size: (left, right) keys beside the query's position, -1 = unlimited.
@@ -182,7 +183,7 @@ def attention_sink(
         from .ops import attention_op
 
         out, lse = attention_op(call, name)
-    if call.mask.packed:
+    if call.mask.packed and q.dim() == 3:
         out, lse = out.squeeze(0), lse.squeeze(0)
     return (out, lse) if return_lse else out
 
@@ -244,7 +245,8 @@ def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_
     call.softmax_scale = float(call.q.shape[-1] ** -0.5 if softmax_scale is None else softmax_scale)
     call.softcap = float(softcap)
     if packed:
-        call.q, call.k, call.v = call.q.unsqueeze(0), call.k.unsqueeze(0), call.v.unsqueeze(0)
+        if call.q.dim() == 3:
+            call.q, call.k, call.v = call.q.unsqueeze(0), call.k.unsqueeze(0), call.v.unsqueeze(0)
         if mask.key_padding_mask is not None:
             mask.key_padding_mask = mask.key_padding_mask.unsqueeze(0)
     return call

@@ -37,10 +37,12 @@ def check_options(
 def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tensor | None]) -> None:
     """The same for the tensors: how they are laid out, and where they are ``readable`` the values of a mask.
 
-    ``call``: packed rows without a batch dimension. ``max_seqlens``: of queries and keys.
+    ``call``: packed rows as they were given, perhaps without a batch dimension. ``max_seqlens``: of queries and keys.
     """
     q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table = call.tensors()
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
+    if packed and all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 1 for x in (q, k, v)):
+        q, k, v = q[0], k[0], v[0]
     check_qkv(q, k, v, packed, paged=block_table is not None)
     device = q.device
     if sinks is not None:
@@ -108,7 +110,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool = False
         if x.dtype != dtype:
             raise TypeError(f"{name} must have q's dtype {dtype}, got {x.dtype}")
         if x.dim() != dims:
-            layout = "(T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
+            layout = "(T, H, D) or (1, T, H, D) with cu_seqlens" if packed else "(B, S, H, D)"
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     for name, size in (("q", q_shape[-1]), ("v", v_shape[-1])):
