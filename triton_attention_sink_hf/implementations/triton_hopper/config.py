@@ -41,7 +41,7 @@ class ForwardConfig(NamedTuple):
     exact_keys: int | None = None
 
 
-FORWARD = ForwardConfig(block_n=128, stages=3, q_buffers=2, registers=(160, 32), l2_bytes=16 * MIB)
+FORWARD = ForwardConfig(block_n=128, stages=3, q_buffers=3, registers=(160, 32), l2_bytes=16 * MIB)
 # By the wider padded head dimension. A consumer needs 240 registers a thread, and two such fill an SM.
 _WIDE_FORWARD = {
     128: ForwardConfig(128, 2, 3, registers=(240, 24), l2_bytes=64 * MIB, pingpong=False, exact_keys=1024),

@@ -13,6 +13,7 @@ from triton.experimental.gluon import language as gl
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
     mbarrier,
+    tma,
     warpgroup_mma,
     warpgroup_mma_wait,
 )
@@ -22,9 +23,18 @@ from ..common.problem import Problem, planned
 from ..common.relaunch import Launch
 from .config import FORWARD
 from .gluon_compat import aggregate, async_load
-from .launch import forward_launch
+from .launch import forward_launch, row_blocks
 from .tile_table import packed_tensors
-from .vocabulary import Rows, Tiles, factor_and_lse, item_of_round, named_barrier, new_barriers, opaque_zero
+from .vocabulary import (
+    Rows,
+    Tiles,
+    copy_rows_out,
+    factor_and_lse,
+    item_of_round,
+    named_barrier,
+    new_barriers,
+    opaque_zero,
+)
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 CONSUMERS: gl.constexpr = gl.constexpr(3)
@@ -130,13 +140,18 @@ def _pass_turn_to(w: gl.constexpr):
 
 
 @gluon.jit
+def _mask(s, lo, hi, n0, HAS_LO: gl.constexpr):
+    j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    visible = j[None, :] < hi[:, None]
+    if HAS_LO:
+        visible = visible & (j[None, :] >= lo[:, None])
+    return gl.where(visible, s, float("-inf"))
+
+
+@gluon.jit
 def _softmax(s, m, l, scale, lo, hi, n0, MASKED: gl.constexpr, HAS_LO: gl.constexpr):
     if MASKED:
-        j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-        visible = j[None, :] < hi[:, None]
-        if HAS_LO:
-            visible = visible & (j[None, :] >= lo[:, None])
-        s = gl.where(visible, s, float("-inf"))
+        s = _mask(s, lo, hi, n0, HAS_LO)
     m_new = gl.maximum(m, gl.max(s, axis=1) * scale)
     alpha = gl.exp2(m - m_new)
     p = gl.exp2(s * scale - m_new[:, None])
@@ -203,7 +218,9 @@ def _scores(c, buffer, memory, zero, w: gl.constexpr):
 
 
 @gluon.jit
-def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK: gl.constexpr):
+def _consumer(
+    w: gl.constexpr, out_desc, out_rows, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK: gl.constexpr
+):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     BLOCK_DV: gl.constexpr = memory.BLOCK_DV
     Q_BUFFERS: gl.constexpr = memory.Q_BUFFERS
@@ -232,29 +249,18 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
     mbarrier.arrive(memory.empty.index(0), count=1)
     c = 1  # slots of the ring used so far
     i = 0  # tiles done
-    next_first = 0
-    next_end = 0
-    next_bh = 0
-    if PACKED:
-        coming = gl.minimum(item_of_round(0, items), items - 1)
-        next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
+    first, end, bh = queries.item(gl.maximum(gl.minimum(item_of_round(0, items), items - 1), 0), count)
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        if not PACKED:
-            next_first, next_end, next_bh = queries.item(item_of_round(i, items), count)
-        first = next_first
-        end = next_end
-        bh = next_bh
-        b = bh // queries.heads
-        head = bh - b * queries.heads
-        start, n = queries.block_range(first, end, BLOCK_N, 1)
-        if PACKED:  # read the next tile's table entry now, to hide its latency; past the last, any entry
-            coming = gl.minimum(item_of_round(i + 1, items), items - 1)
-            next_first, next_end, next_bh = queries.item(gl.maximum(coming, 0), count)
+        coming = gl.maximum(gl.minimum(item_of_round(i + 1, items), items - 1), 0)  # past the last, any item
+        next_first, next_end, next_bh = queries.item(coming, count)
         token = first + w * 64
+        rows = token + gl.arange(0, 64, layout=row_layout)
+        start, n = queries.block_range(first, end, BLOCK_N, 1)
         own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
         own = gl.maximum(own, 1)
-        rows = token + gl.arange(0, 64, layout=row_layout)
         lo, hi = queries.interval(rows, end)
+        b = bh // queries.heads
+        head = bh - b * queries.heads
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
@@ -291,27 +297,35 @@ def _consumer(w: gl.constexpr, out_rows, lse_ptr, sink_ptr, memory, queries, sof
                 s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, True)
                 c += 1
                 n0 -= BLOCK_N
-        mbarrier.arrive(memory.q_empty.index(buffer), count=1)
+        if i > 0:  # the last tile's output has left its q buffer
+            tma.store_wait(0)
+            mbarrier.arrive(memory.q_empty.index((i - 1) % Q_BUFFERS * CONSUMERS + w), count=1)
         # The last block's P V is issued with the next tile's first scores. After the last tile those are not used.
         i += 1  # noqa: SIM113
         following = i % Q_BUFFERS * CONSUMERS + w
         mbarrier.wait(memory.q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
         q = memory.queries(following)
-        if HAS_LEFT or SHARED:
-            s = _mask_left(s, lo, n0, edge)
-        s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, False)
-        c += 1
-
+        if HAS_LEFT:
+            s = _mask(s, lo, hi, n0, True)
+        elif (edge > 0) | (unmasked == 0):  # block 0
+            s = _mask(s, lo, hi, n0, SHARED)
         sink = 0.0
         if HAS_SINK:
             sink = gl.load(sink_ptr + head).to(gl.float32)
+        if PACKED:
+            queries.prefetch(next_first + w * 64 + gl.arange(0, 64, layout=row_layout), next_end)
+        s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, False, False)
+        c += 1
+
         factor, lse = factor_and_lse(m, l, sink, HAS_SINK)
         factor = gl.convert_layout(factor, acc_row_layout)
         gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
-        store_layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // BLOCK_DV, BLOCK_DV // 8], [4, 1], [1, 0])
-        out = gl.convert_layout(out, store_layout)  # for wide stores
-        out_rows.store(out, token, end, b, head, store_layout)
+        copy_rows_out(out_desc, out_rows, memory.q.index(buffer), out, b, head, token, end, PACKED)
+        first = next_first
+        end = next_end
+        bh = next_bh
+    tma.store_wait(0)
     if w == 0:
         _wait_for_turn(0)
 
@@ -321,7 +335,7 @@ _VARYING = ["seqlen_q", "seqlen_k", "heads_q", "group", "left", "right", "slots"
 
 @gluon.jit(do_not_specialize=_VARYING)
 def _hopper_fwd_kernel(
-    q_desc, k_desc, v_desc, out_ptr, lse_ptr, sink_ptr, ranges_ptr, table_ptr,
+    q_desc, k_desc, v_desc, out_desc, out_ptr, lse_ptr, sink_ptr, ranges_ptr, table_ptr,
     softmax_scale, seqlen_q, seqlen_k, heads_q, group, left, right, slots, tiles, heads, section,
     stride_ob, stride_ot: gl.constexpr, stride_oh, stride_od: gl.constexpr,
     DV: gl.constexpr, BLOCK_D: gl.constexpr, BLOCK_DV: gl.constexpr, BLOCK_N: gl.constexpr,
@@ -355,9 +369,9 @@ def _hopper_fwd_kernel(
     # constexprs survive only in tuples written out here
     gl.warp_specialize(
         [
-            (_consumer, (0, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-            (_consumer, (1, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
-            (_consumer, (2, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+            (_consumer, (0, out_desc, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+            (_consumer, (1, out_desc, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
+            (_consumer, (2, out_desc, out, lse_ptr, sink_ptr, memory, queries, softmax_scale, HAS_SINK)),
             (_producer, (q_desc, k_desc, v_desc, memory, queries)),
         ],
         [4, 4, 1],
@@ -366,18 +380,20 @@ def _hopper_fwd_kernel(
 
 
 @planned
-def _plan(problem: Problem, out_strides) -> Launch:
-    return forward_launch(_hopper_fwd_kernel, problem, FORWARD, TILE, out_strides, blocks={})
+def _plan(problem: Problem, out_shape, out_strides) -> Launch:
+    blocks = {"out_desc": row_blocks(out_shape, out_strides, problem.call.q.dtype, 64)}
+    return forward_launch(_hopper_fwd_kernel, problem, FORWARD, TILE, out_strides, blocks)
 
 
 def launch_forward(problem: Problem, out, lse) -> None:
     """Write out (B, Sq, Hq, Dv) and lse (B, Hq, Sq), natural log with the sink. Every element is written."""
     call = problem.call
-    launch = _plan(problem, out.stride())
+    launch = _plan(problem, out.shape, out.stride())
     launch(
         q_desc=call.q,
         k_desc=call.k,
         v_desc=call.v,
+        out_desc=out,
         out_ptr=out,
         lse_ptr=lse,
         sink_ptr=lse if problem.sinks is None else problem.sinks,  # warp_specialize passes no None

@@ -8,8 +8,8 @@ shorter than the other warpgroup's products. So:
 - Tiles of up to EXACT blocks keep exact maxima: the largest P of a row is then 1, without a rounding error, which
   counts in rows of few keys.
 - K and V have rings of their own and one barrier together.
-- The output leaves by TMA: at D 128 through the tile's own q buffer, of which there are three; at D 256 in two halves
-  through memory of its own. Stores from registers took 13 % of the kernel at D 256.
+- The output leaves by TMA: at D 128 through the tile's own q buffer, of which there are three; else through memory of
+  its own, at D 256 in two halves. Stores from registers took 13 % of the kernel at D 256.
 
 Programs are persistent, as in ``forward.py``.
 
@@ -30,7 +30,7 @@ from ..common.primitives import LOG2E
 from ..common.problem import Problem, planned
 from ..common.relaunch import Launch
 from .config import wide_forward_config
-from .gluon_compat import aggregate, async_load, async_store, thread_barrier
+from .gluon_compat import aggregate, async_load, thread_barrier
 from .guarded_softmax import (
     declare_vote,
     exact_softmax,
@@ -41,7 +41,17 @@ from .guarded_softmax import (
 )
 from .launch import forward_launch, padded, row_blocks
 from .tile_table import packed_tensors
-from .vocabulary import Rows, Tiles, factor_and_lse, item_of_round, named_barrier, new_barriers, opaque_zero
+from .vocabulary import (
+    Rows,
+    Tiles,
+    copy_out,
+    copy_rows_out,
+    factor_and_lse,
+    item_of_round,
+    named_barrier,
+    new_barriers,
+    opaque_zero,
+)
 
 TILE = 128  # query rows of a program: 64 for each of two consumers
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
@@ -52,7 +62,7 @@ FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton
 class _Memory:
     """Shared memory: q of two consumers in Q_BUFFERS buffers; rings of STAGES blocks of BLOCK_N keys and of values;
     barriers. ``full`` of a slot announces K of block c and V of block c - 1. PINGPONG: consumers take turns at the
-    tensor cores. THROUGH_Q: the output leaves through the q buffer. HALVES: through ``out``, 128 columns at a time."""
+    tensor cores. THROUGH_Q: the output leaves through the q buffer, else through ``out``, up to 128 columns at a time."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -70,7 +80,6 @@ class _Memory:
     Q_BUFFERS: gl.constexpr
     PINGPONG: gl.constexpr
     THROUGH_Q: gl.constexpr
-    HALVES: gl.constexpr
 
     @gluon.jit
     def queries(self, buffer):
@@ -204,32 +213,13 @@ def _step(
 
 
 @gluon.jit
-def _copy_out(out_desc, tile, out, b, head, token, column: gl.constexpr):
-    """Store 64 rows of up to 128 columns by TMA, through the shared memory of ``tile``."""
-    tile.reshape([out.shape[0], out.shape[1]]).store(out)
-    fence_async_shared()
-    thread_barrier()
-    async_store(out_desc, [b, head, token, column], tile)
-
-
-@gluon.jit
 def _copy_halves_out(out_desc, tile, out, b, head, token):
     """Store 64 rows of 256 columns by TMA, half by half."""
     left, right = gl.split(out.reshape([64, 2, 128]).permute((0, 2, 1)))
-    tma.store_wait(0)  # what was stored before has left ``tile``
-    thread_barrier()
-    _copy_out(out_desc, tile, left, b, head, token, 0)
+    copy_out(out_desc, tile, left, b, head, token, 0)
     tma.store_wait(0)
     thread_barrier()
-    _copy_out(out_desc, tile, right, b, head, token, 128)
-
-
-@gluon.jit
-def _copy_rows_out(out_desc, memory, buffer, w: gl.constexpr, out, b, head, token):
-    if memory.THROUGH_Q:
-        _copy_out(out_desc, memory.q.index(buffer), out, b, head, token, 0)
-    else:
-        _copy_halves_out(out_desc, memory.out.index(w), out, b, head, token)
+    copy_out(out_desc, tile, right, b, head, token, 128)
 
 
 @gluon.jit
@@ -337,22 +327,26 @@ def _consumer(
         factor = gl.convert_layout(factor, gl.SliceLayout(1, acc_layout))
         gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
-        if not memory.THROUGH_Q and not memory.HALVES:
-            out_rows.store(out, token, end, b, head, acc_layout)
-        elif not PACKED:  # noqa: SIM114 (known when compiled, the next is not)
-            _copy_rows_out(out_desc, memory, buffer, w, out, b, head, token)
-        elif token + 64 <= end:
-            _copy_rows_out(out_desc, memory, buffer, w, out, b, head, token)
-        else:  # rows from ``end`` on are another tile's
-            out_rows.store(out, token, end, b, head, acc_layout)
+        if memory.THROUGH_Q:
+            copy_rows_out(out_desc, out_rows, memory.q.index(buffer), out, b, head, token, end, PACKED)
+        else:
+            tma.store_wait(0)  # what was stored before has left the memory
+            thread_barrier()
+            if BLOCK_DV <= 128:
+                copy_rows_out(out_desc, out_rows, memory.out.index(w), out, b, head, token, end, PACKED)
+            elif not PACKED:  # noqa: SIM114 (known when compiled, the next is not)
+                _copy_halves_out(out_desc, memory.out.index(w), out, b, head, token)
+            elif token + 64 <= end:
+                _copy_halves_out(out_desc, memory.out.index(w), out, b, head, token)
+            else:  # rows from ``end`` on are another tile's
+                out_rows.store(out, token, end, b, head, acc_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
         m = next_m
         l = next_l
         first = next_first
         end = next_end
         bh = next_bh
-    if memory.THROUGH_Q or memory.HALVES:
-        tma.store_wait(0)
+    tma.store_wait(0)
     if w == 0:
         memory.wait_for_turn(0)
 
@@ -378,9 +372,10 @@ def _hopper_wide_fwd_kernel(
     )  # fmt: skip
     dtype: gl.constexpr = q_desc.dtype
     q = gl.allocate_shared_memory(dtype, [Q_BUFFERS * 2, 1, 1, 64, BLOCK_D], q_desc.layout)
+    THROUGH_Q: gl.constexpr = Q_BUFFERS >= 3 and BLOCK_D == BLOCK_DV
     out = q
-    if BLOCK_DV == 256:
-        out = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, 128], out_desc.layout)
+    if not THROUGH_Q:
+        out = gl.allocate_shared_memory(dtype, [2, 1, 1, 64, min(BLOCK_DV, 128)], out_desc.layout)
     memory = _Memory(
         q=q,
         k=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout),
@@ -388,7 +383,7 @@ def _hopper_wide_fwd_kernel(
         q_full=new_barriers(Q_BUFFERS * 2), q_empty=new_barriers(Q_BUFFERS * 2),
         full=new_barriers(STAGES), k_empty=new_barriers(STAGES), v_empty=new_barriers(STAGES),
         BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, STAGES=STAGES, Q_BUFFERS=Q_BUFFERS,
-        out=out, PINGPONG=PINGPONG, THROUGH_Q=Q_BUFFERS >= 3 and BLOCK_D == BLOCK_DV, HALVES=BLOCK_DV == 256,
+        out=out, PINGPONG=PINGPONG, THROUGH_Q=THROUGH_Q,
     )  # fmt: skip
     for j in gl.static_range(Q_BUFFERS * 2):
         mbarrier.init(memory.q_full.index(j), count=1)

@@ -2,10 +2,10 @@
 
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language.nvidia.hopper import mbarrier
+from triton.experimental.gluon.language.nvidia.hopper import fence_async_shared, mbarrier
 
 from ..common.primitives import LN2, LOG2E, LOWEST
-from .gluon_compat import aggregate
+from .gluon_compat import aggregate, async_store, thread_barrier
 
 
 @aggregate
@@ -86,6 +86,13 @@ class Tiles:
         if self.HAS_AFTER:
             hi = gl.maximum(gl.minimum(i + (self.others - self.rows + self.after + 1), self.others), 0)
         return lo, hi
+
+    @gluon.jit
+    def prefetch(self, i, end):
+        """Bring what ``interval`` reads for packed rows ``i`` into L1."""
+        i = gl.minimum(i, end - 1)
+        _prefetch(self.ranges_ptr + i)
+        _prefetch(self.ranges_ptr + self.rows + i)
 
     @gluon.jit
     def block_range(self, first, end, STEP: gl.constexpr, ALIGN: gl.constexpr):
@@ -208,6 +215,35 @@ class Rows:
         inside = (rows < end)[:, None] & (d < self.COLUMNS)[None, :]
         pointers = base + rows.to(gl.int64)[:, None] * self.stride_t + d[None, :]
         gl.store(pointers, x.to(self.ptr.dtype.element_ty), mask=inside)
+
+
+@gluon.jit
+def _prefetch(pointers):
+    gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], gl.int32, False, 1)
+
+
+@gluon.jit
+def copy_out(out_desc, tile, out, b, head, token, column: gl.constexpr):
+    """Store 64 rows of up to 128 columns by TMA, through the shared memory of ``tile``."""
+    tile.reshape([out.shape[0], out.shape[1]]).store(out)
+    fence_async_shared()
+    thread_barrier()
+    async_store(out_desc, [b, head, token, column], tile)
+
+
+@gluon.jit
+def copy_rows_out(out_desc, out_rows, tile, out, b, head, token, end, PACKED: gl.constexpr):
+    """Store 64 rows of up to 128 columns through ``tile``, by TMA; those from ``end`` on, another tile's, are left."""
+    if not PACKED:  # noqa: SIM114 (known when compiled, the next is not)
+        copy_out(out_desc, tile, out, b, head, token, 0)
+    elif token + 64 <= end:
+        copy_out(out_desc, tile, out, b, head, token, 0)
+    else:
+        COLUMNS: gl.constexpr = out.shape[1]
+        layout: gl.constexpr = gl.BlockedLayout([1, 8], [256 // COLUMNS, COLUMNS // 8], [4, 1], [1, 0])
+        tile.reshape([64, COLUMNS]).store(out)
+        thread_barrier()
+        out_rows.store(tile.reshape([64, COLUMNS]).load(layout), token, end, b, head, layout)
 
 
 @gluon.jit
