@@ -140,6 +140,53 @@ def _seen_by_keys(ranges, n_q: int, n_k: int, left: int, right: int, tile: int, 
     return seen[:, :n_q].T
 
 
+@pytest.mark.parametrize("way", ["item_of_round", "balanced_item"])
+def test_persistent_programs_take_every_tile_once(way):
+    pick = random.Random(way)
+    for _ in range(300):
+        section, sections, count = pick.choice((1, 2, 8, 16)), pick.choice((1, 2, 3, 4, 8)), pick.randrange(60)
+        total = section * sections
+        programs = min(count * total, pick.choice((132, 4, pick.randrange(1, 140))))
+        taken = [item for p in range(programs) for item in _items_of_program(way, p, programs, count, section, total)]
+        assert sorted(taken) == [(j, head) for j in range(count) for head in range(total)]
+
+
+@pytest.mark.parametrize(("batch", "seqlen"), [(8, 2048), (2, 8192), (1, 8192), (4, 4096), (1, 32768)])
+def test_persistent_programs_have_equal_work(batch, seqlen):
+    """64 causal heads on an H100, in sections of 16 MiB of keys: no program has 2 % more than the average."""
+    count, total, section = ceil_div(seqlen, 192), 64 * batch, 8
+    while total % (section * 2) == 0 and section // 4 * seqlen <= 65536:
+        section *= 2
+    work = [
+        sum(ceil_div(min(192 * (count - j), seqlen), 128) + 1.5 for j, _ in items)
+        for items in (_items_of_program("balanced_item", p, 132, count, section, total) for p in range(132))
+    ]
+    assert max(work) < 1.02 * sum(work) / len(work)
+
+
+def _items_of_program(way: str, program: int, programs: int, count: int, section: int, total: int) -> list:
+    """(tile, head) of each round of one persistent program; tile 0 is the heaviest."""
+    gl = SimpleNamespace(
+        minimum=min, maximum=max, where=lambda condition, a, b: a if condition else b,
+        program_id=lambda axis: program, num_programs=lambda axis: programs,
+    )  # fmt: skip
+    scope = {"gl": gl}
+    scope["_turn"] = FunctionType(vocabulary._turn.fn.__code__, scope)
+    names = ("item", "_tile_of_section", "item_of_round", "balanced_item")
+    methods = {name: FunctionType(getattr(vocabulary.Tiles, name).fn.__code__, scope) for name in names}
+    tiles = type("Tiles", (SimpleNamespace,), methods)(
+        rows=count, PACKED=False, LAST_FIRST=False, TILE=1, section=section, total=total
+    )
+    found, state = [], (0, 0)
+    for r in range(len(range(program, count * total, programs))):
+        if way == "balanced_item":
+            first, _, head, *state = tiles.balanced_item(r, *state, count)
+        else:
+            first, _, head = tiles.item_of_round(r, count)
+        found.append((first, head))
+    return found
+
+
 class _Pointer:
     """An address of int32 in a tensor."""
 

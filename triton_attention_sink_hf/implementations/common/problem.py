@@ -8,6 +8,7 @@ from collections.abc import Callable
 import torch
 import triton.language as tl
 from torch import Tensor
+from triton.runtime.driver import driver
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call, Memo
@@ -104,7 +105,7 @@ class Problem:
         if mask.cu_seqlens_q.is_cuda:
             if torch.cuda.is_current_stream_capturing():
                 return compute()
-            stream = torch.cuda.current_stream(mask.cu_seqlens_q.device).cuda_stream
+            stream = driver.active.get_current_stream(mask.cu_seqlens_q.get_device())  # a tenth of torch's time
         key = what, mask.left, mask.right, self.seqlen_q, self.seqlen_k, stream
         result = known.get(key)
         if result is None:

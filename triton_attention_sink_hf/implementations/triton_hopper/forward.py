@@ -5,7 +5,11 @@ block's P V and the next block's scores together. So its exponentials overlap th
 take turns at the tensor cores (ping-pong, by named barriers). P stays in registers.
 
 Programs are persistent. The next block may be the first of the next tile, so the pipeline never drains. Heavy tiles
-come first, in sections of heads whose keys fit L2.
+come first, in sections of heads whose keys fit L2. The producer finds each tile and tells the consumers what they need
+of it (a record in shared memory): a division takes a consumer 200 cycles, a load of the table 600. The output leaves by
+TMA, through the tile's own q buffer.
+
+Over 400 lines: producer, consumer and launch are one pipeline, read together.
 """
 
 from triton.experimental import gluon
@@ -30,15 +34,21 @@ from .vocabulary import (
     Tiles,
     copy_rows_out,
     factor_and_lse,
-    item_of_round,
+    get,
     named_barrier,
     new_barriers,
+    new_numbers,
     opaque_zero,
+    put,
 )
 
 NOTHING: gl.constexpr = gl.constexpr(-3.0e38)  # maximum of a row that has seen no key
 CONSUMERS: gl.constexpr = gl.constexpr(3)
 TILE = 64 * 3  # query rows of a program
+# A record: what a consumer is told of its rows of a tile. RIGHT_EDGE, MIDDLE, OTHERS: where its loops over blocks end.
+FIELDS: gl.constexpr = gl.constexpr(11)
+TOKEN, END, BATCH, HEAD = (gl.constexpr(k) for k in range(4))
+LAST_KEY, SKIPPED, RIGHT_EDGE, MIDDLE, OTHERS, LEFT_EDGE, UNMASKED = (gl.constexpr(k) for k in range(4, 11))
 FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton numbers its own from 0
 
 
@@ -48,6 +58,7 @@ class _Memory:
     of BLOCK_N keys and the values of the block before; barriers."""
 
     q: gl.shared_memory_descriptor
+    records: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
     v: gl.shared_memory_descriptor
     q_full: gl.shared_memory_descriptor
@@ -59,11 +70,18 @@ class _Memory:
     BLOCK_DV: gl.constexpr
     STAGES: gl.constexpr
     Q_BUFFERS: gl.constexpr
+    ALONE: gl.constexpr
 
     @gluon.jit
     def queries(self, buffer):
         """q as an operand. Each loop or branch must ask for its own, see ``opaque_zero``."""
         return self.q.index(buffer + opaque_zero()).reshape([64, self.BLOCK_D])
+
+    @gluon.jit
+    def record(self, i, w: gl.constexpr):
+        """Where consumer w finds its record of tile i. The q buffer of tile i - 1 is free: tile i - 1 - Q_BUFFERS is
+        done, whose record this replaces."""
+        return (i % (self.Q_BUFFERS + 1) * CONSUMERS + w) * FIELDS
 
     @gluon.jit
     def keys(self, slot):
@@ -89,6 +107,34 @@ def _load_pair(k_desc, v_desc, memory, c, b, head, n0, v_b, v_head, v_n0):
 
 
 @gluon.jit
+def _describe_rows(memory, queries, i, first, end, b, head, start, n):
+    """Write the consumers' records of tile i."""
+    BLOCK_N: gl.constexpr = memory.BLOCK_N
+    for w in gl.static_range(CONSUMERS):
+        token = first + w * 64
+        own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
+        own = gl.maximum(own, 1)
+        # blocks own - 1 to 1, descending: right edge, unmasked, left edge
+        right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
+        middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
+        if queries.PACKED and not queries.HAS_BEFORE:  # short segments share a tile: mask all of its few blocks
+            right_edge = gl.where(edge > 0, own - 1, right_edge)
+            middle = gl.where(edge > 0, own - 1, middle)
+        record = memory.record(i, w)
+        put(memory.records, record + TOKEN, token)
+        put(memory.records, record + END, end)
+        put(memory.records, record + BATCH, b)
+        put(memory.records, record + HEAD, head)
+        put(memory.records, record + LAST_KEY, start + (own - 1) * BLOCK_N)
+        put(memory.records, record + SKIPPED, n - own)
+        put(memory.records, record + RIGHT_EDGE, right_edge)
+        put(memory.records, record + MIDDLE, middle)
+        put(memory.records, record + OTHERS, own - 1)
+        put(memory.records, record + LEFT_EDGE, edge)
+        put(memory.records, record + UNMASKED, unmasked)
+
+
+@gluon.jit
 def _producer(q_desc, k_desc, v_desc, memory, queries):
     BLOCK_N: gl.constexpr = memory.BLOCK_N
     STAGES: gl.constexpr = memory.STAGES
@@ -99,8 +145,10 @@ def _producer(q_desc, k_desc, v_desc, memory, queries):
     v_head = 0
     v_n0 = 0
     count = queries.count()
+    section = 0
+    before = 0
     for _ in range(gl.program_id(0), count * queries.total, gl.num_programs(0)):
-        first, end, bh = queries.item(item_of_round(i, count * queries.total), count)
+        first, end, bh, section, before = queries.balanced_item(i, section, before, count)
         b = bh // queries.heads
         head = bh - b * queries.heads
         head_k = head // queries.group
@@ -108,6 +156,7 @@ def _producer(q_desc, k_desc, v_desc, memory, queries):
         n0 = start + (n - 1) * BLOCK_N
         _load_pair(k_desc, v_desc, memory, c, b, head_k, n0, v_b, v_head, v_n0)
         c += 1
+        _describe_rows(memory, queries, i, first, end, b, head, start, n)
         buffer = i % Q_BUFFERS * CONSUMERS
         for w in gl.static_range(CONSUMERS):
             mbarrier.wait(memory.q_empty.index(buffer + w), (i // Q_BUFFERS & 1) ^ 1)
@@ -140,23 +189,15 @@ def _pass_turn_to(w: gl.constexpr):
 
 
 @gluon.jit
-def _mask(s, lo, hi, n0, HAS_LO: gl.constexpr):
-    j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
-    visible = j[None, :] < hi[:, None]
-    if HAS_LO:
-        visible = visible & (j[None, :] >= lo[:, None])
-    return gl.where(visible, s, float("-inf"))
+def _mask_right(s, hi, n0, ALONE: gl.constexpr):
+    """Scores of keys from n0 on, -inf from each row's ``hi`` on. ALONE: no step of this kernel masks on the left.
 
-
-@gluon.jit
-def _softmax(s, m, l, scale, lo, hi, n0, MASKED: gl.constexpr, HAS_LO: gl.constexpr):
-    if MASKED:
-        s = _mask(s, lo, hi, n0, HAS_LO)
-    m_new = gl.maximum(m, gl.max(s, axis=1) * scale)
-    alpha = gl.exp2(m - m_new)
-    p = gl.exp2(s * scale - m_new[:, None])
-    l = l * alpha + gl.sum(p, axis=1)
-    return p, m_new, l, alpha
+    Two forms of one comparison. Where the other one stands, triton 3.6 spills, or packs 64 predicates into integers.
+    """
+    j = gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+    if ALONE:
+        return gl.where(j[None, :] < (hi - n0)[:, None], s, float("-inf"))
+    return gl.where((n0 + j)[None, :] < hi[:, None], s, float("-inf"))
 
 
 @gluon.jit
@@ -169,13 +210,28 @@ def _mask_left(s, lo, n0, edge):
 
 
 @gluon.jit
+def _softmax(s, m, l, scale, lo, hi, n0, RIGHT: gl.constexpr, LEFT: gl.constexpr, ALONE: gl.constexpr):
+    """RIGHT, LEFT: which sides of the block are masked."""
+    if LEFT:
+        j = n0 + gl.arange(0, s.shape[1], layout=gl.SliceLayout(0, s.type.layout))
+        s = gl.where((j[None, :] < hi[:, None]) & (j[None, :] >= lo[:, None]), s, float("-inf"))
+    elif RIGHT:
+        s = _mask_right(s, hi, n0, ALONE)
+    m_new = gl.maximum(m, gl.max(s, axis=1) * scale)
+    alpha = gl.exp2(m - m_new)
+    p = gl.exp2(s * scale - m_new[:, None])
+    l = l * alpha + gl.sum(p, axis=1)
+    return p, m_new, l, alpha
+
+
+@gluon.jit
 def _step(
-    s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w: gl.constexpr, MASKED: gl.constexpr, HAS_LO: gl.constexpr
+    s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w: gl.constexpr, RIGHT: gl.constexpr, LEFT: gl.constexpr
 ):
     """Softmax of the scores s, then this block's P V and the next block's scores: slot c holds both operands."""
     slot = c % memory.STAGES
     acc_layout: gl.constexpr = acc.type.layout
-    p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, MASKED, HAS_LO)
+    p, m, l, alpha = _softmax(s, m, l, scale, lo, hi, n0, RIGHT, LEFT, memory.ALONE)
     acc = acc * gl.convert_layout(alpha, gl.SliceLayout(1, acc_layout))[:, None]
     p = gl.convert_layout(p.to(q.dtype), gl.DotOperandLayout(0, acc_layout, 2))
     mbarrier.wait(memory.full.index(slot), (c // memory.STAGES) & 1)
@@ -249,36 +305,28 @@ def _consumer(
     mbarrier.arrive(memory.empty.index(0), count=1)
     c = 1  # slots of the ring used so far
     i = 0  # tiles done
-    first, end, bh = queries.item(gl.maximum(gl.minimum(item_of_round(0, items), items - 1), 0), count)
     for t in range(gl.program_id(0), items, gl.num_programs(0)):
-        coming = gl.maximum(gl.minimum(item_of_round(i + 1, items), items - 1), 0)  # past the last, any item
-        next_first, next_end, next_bh = queries.item(coming, count)
-        token = first + w * 64
+        buffer = i % Q_BUFFERS * CONSUMERS + w
+        record = memory.record(i, w)
+        token = get(memory.records, record + TOKEN)
+        end = get(memory.records, record + END)
         rows = token + gl.arange(0, 64, layout=row_layout)
-        start, n = queries.block_range(first, end, BLOCK_N, 1)
-        own, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
-        own = gl.maximum(own, 1)
         lo, hi = queries.interval(rows, end)
-        b = bh // queries.heads
-        head = bh - b * queries.heads
         m = gl.full([64], NOTHING, gl.float32, layout=row_layout)
         l = gl.zeros([64], gl.float32, layout=row_layout)
         acc = gl.zeros([64, BLOCK_DV], gl.float32, layout=acc_layout)
-        n0 = start + (own - 1) * BLOCK_N
-        buffer = i % Q_BUFFERS * CONSUMERS + w
-        # s holds the scores of block n - 1. If these rows do not see blocks own to n - 1, skip to block own - 1.
-        if own < n:
-            for _ in range(own, n - 1):
+        n0 = get(memory.records, record + LAST_KEY)
+        skipped = get(memory.records, record + SKIPPED)
+        right_edge = get(memory.records, record + RIGHT_EDGE)
+        middle = get(memory.records, record + MIDDLE)
+        edge = get(memory.records, record + LEFT_EDGE)
+        # s holds the scores of the tile's last block. If these rows do not see it, skip to their own last block.
+        if skipped > 0:
+            for _ in range(1, skipped):
                 _skip(c, memory, w)
                 c += 1
             s = _scores(c, buffer, memory, zero, w)
             c += 1
-        # blocks own - 1 to 1, descending: right edge, unmasked, left edge; block 0 follows below
-        right_edge = gl.maximum(gl.minimum(own - edge - unmasked, own - 1), 0)
-        middle = gl.maximum(gl.minimum(own - edge, own - 1), 0)
-        if SHARED:  # mask all of its few blocks
-            right_edge = gl.where(edge > 0, own - 1, right_edge)
-            middle = gl.where(edge > 0, own - 1, middle)
         q = memory.queries(buffer)
         for _ in range(0, right_edge):
             if SHARED:
@@ -293,7 +341,7 @@ def _consumer(
             n0 -= BLOCK_N
         if HAS_LEFT:
             q = memory.queries(buffer)
-            for _ in range(middle, own - 1):
+            for _ in range(middle, get(memory.records, record + OTHERS)):
                 s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, True, True)
                 c += 1
                 n0 -= BLOCK_N
@@ -305,26 +353,25 @@ def _consumer(
         following = i % Q_BUFFERS * CONSUMERS + w
         mbarrier.wait(memory.q_full.index(following), i // Q_BUFFERS & 1, pred=t + gl.num_programs(0) < items)
         q = memory.queries(following)
-        if HAS_LEFT:
-            s = _mask(s, lo, hi, n0, True)
-        elif (edge > 0) | (unmasked == 0):  # block 0
-            s = _mask(s, lo, hi, n0, SHARED)
+        if HAS_LEFT or SHARED:
+            s = _mask_left(s, lo, n0, edge)
+        if HAS_LEFT or PACKED:  # noqa: SIM114 (known when compiled; a branch would cost registers in the loops)
+            s = _mask_right(s, hi, n0, memory.ALONE)
+        elif get(memory.records, record + UNMASKED) == 0:
+            s = _mask_right(s, hi, n0, memory.ALONE)
+        b = get(memory.records, record + BATCH)
+        head = get(memory.records, record + HEAD)
         sink = 0.0
         if HAS_SINK:
             sink = gl.load(sink_ptr + head).to(gl.float32)
-        if PACKED:
-            queries.prefetch(next_first + w * 64 + gl.arange(0, 64, layout=row_layout), next_end)
         s, acc, m, l = _step(s, acc, m, l, c, q, memory, scale, lo, hi, n0, zero, w, False, False)
         c += 1
 
         factor, lse = factor_and_lse(m, l, sink, HAS_SINK)
         factor = gl.convert_layout(factor, acc_row_layout)
-        gl.store(lse_ptr + bh.to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
+        gl.store(lse_ptr + (b * queries.heads + head).to(gl.int64) * queries.rows + rows, lse, mask=rows < end)
         out = (acc * factor[:, None]).to(dtype)
         copy_rows_out(out_desc, out_rows, memory.q.index(buffer), out, b, head, token, end, PACKED)
-        first = next_first
-        end = next_end
-        bh = next_bh
     tma.store_wait(0)
     if w == 0:
         _wait_for_turn(0)
@@ -351,12 +398,13 @@ def _hopper_fwd_kernel(
     dtype: gl.constexpr = q_desc.dtype
     memory = _Memory(
         q=gl.allocate_shared_memory(dtype, [Q_BUFFERS * CONSUMERS, 1, 1, 64, BLOCK_D], q_desc.layout),
+        records=new_numbers((Q_BUFFERS + 1) * CONSUMERS * FIELDS),
         k=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_D], k_desc.layout),
         v=gl.allocate_shared_memory(dtype, [STAGES, 1, 1, BLOCK_N, BLOCK_DV], v_desc.layout),
         q_full=new_barriers(Q_BUFFERS * CONSUMERS), q_empty=new_barriers(Q_BUFFERS * CONSUMERS),
         full=new_barriers(STAGES), empty=new_barriers(STAGES),
         BLOCK_N=BLOCK_N, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV,
-        STAGES=STAGES, Q_BUFFERS=Q_BUFFERS,
+        STAGES=STAGES, Q_BUFFERS=Q_BUFFERS, ALONE=not (HAS_LEFT or PACKED),
     )  # fmt: skip
     for j in gl.static_range(Q_BUFFERS * CONSUMERS):
         mbarrier.init(memory.q_full.index(j), count=1)

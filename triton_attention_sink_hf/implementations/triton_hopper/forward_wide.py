@@ -47,7 +47,6 @@ from .vocabulary import (
     copy_out,
     copy_rows_out,
     factor_and_lse,
-    item_of_round,
     named_barrier,
     new_barriers,
     opaque_zero,
@@ -62,7 +61,7 @@ FIRST_BARRIER: gl.constexpr = gl.constexpr(8)  # of the consumers' turns; Triton
 class _Memory:
     """Shared memory: q of two consumers in Q_BUFFERS buffers; rings of STAGES blocks of BLOCK_N keys and of values;
     barriers. ``full`` of a slot announces K of block c and V of block c - 1. PINGPONG: consumers take turns at the
-    tensor cores. THROUGH_Q: the output leaves through the q buffer, else through ``out``, up to 128 columns at a time."""
+    tensor cores. THROUGH_Q: the output leaves through the q buffer, else through ``out``, 128 columns at a time."""
 
     q: gl.shared_memory_descriptor
     k: gl.shared_memory_descriptor
@@ -135,7 +134,7 @@ def _producer(q_desc, k_desc, v_desc, memory, queries):
     count = queries.count()
     items = count * queries.total
     for _ in range(gl.program_id(0), items, gl.num_programs(0)):
-        first, end, bh = queries.item(item_of_round(i, items), count)
+        first, end, bh = queries.item_of_round(i, count)
         b = bh // queries.heads
         head = bh - b * queries.heads
         head_k = head // queries.group
@@ -247,7 +246,7 @@ def _consumer(
     if w == 1:
         memory.pass_turn_to(0)
     # scores of the first tile's first block; without a tile, of anything
-    first, end, bh = queries.item(gl.maximum(gl.minimum(item_of_round(0, items), items - 1), 0), count)
+    first, end, bh = queries.item_of_round(0, count)
     start, n = queries.block_range(first, end, BLOCK_N, 1)
     lo, hi = queries.interval(first + w * 64 + gl.arange(0, 64, layout=row_layout), end)
     some = gl.program_id(0) < items
@@ -263,8 +262,7 @@ def _consumer(
     c = 1  # blocks whose scores are done
     i = 0  # tiles done
     for t in range(gl.program_id(0), items, gl.num_programs(0)):  # P: of the tile's first block
-        coming = gl.maximum(gl.minimum(item_of_round(i + 1, items), items - 1), 0)  # past the last, any item
-        next_first, next_end, next_bh = queries.item(coming, count)
+        next_first, next_end, next_bh = queries.item_of_round(i + 1, count)
         token = first + w * 64
         _stop, edge, unmasked = queries.own_blocks(token, end, start, n, 64, BLOCK_N)
         rows = token + gl.arange(0, 64, layout=row_layout)

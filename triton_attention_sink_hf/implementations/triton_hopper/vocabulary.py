@@ -57,9 +57,11 @@ class Tiles:
 
         Heavy tiles come first in a section of heads, whose keys fit L2.
         """
-        per_section = count * self.section
-        s = t // per_section
-        r = t - s * per_section
+        s = t // (count * self.section)
+        return self._tile_of_section(s, t - s * count * self.section, count)
+
+    @gluon.jit
+    def _tile_of_section(self, s, r, count):
         j = r // self.section
         head = s * self.section + r - j * self.section
         if self.PACKED:
@@ -74,6 +76,42 @@ class Tiles:
         return first, end, head
 
     @gluon.jit
+    def item_of_round(self, r, count):
+        """``item`` of this program in round r of persistent programs; past the last round, any item.
+
+        Every other round runs backwards: the program with the heavier item of one has the lighter one of the next.
+        """
+        programs = gl.num_programs(0)
+        items = count * self.total
+        before = r * programs
+        t = before + _turn(r, gl.program_id(0), gl.minimum(programs, items - before))
+        return self.item(gl.maximum(gl.minimum(t, items - 1), 0), count)
+
+    @gluon.jit
+    def balanced_item(self, r, section, before, count):
+        """The same, with sections that take whole rounds: ``before`` items of this section have been taken.
+
+        What fills no round, the lightest items of every section, comes last, those of all sections together, as if in
+        one more section. Returns ``item`` and the next round's ``section`` and ``before``, which are 0 in the first.
+        """
+        programs = gl.num_programs(0)
+        per_section = count * self.section
+        sections = self.total // self.section
+        whole = per_section // programs * programs
+        if (section < sections) & (before == whole):
+            section += gl.where(whole > 0, 1, sections)
+            before = 0
+        if section < sections:
+            p = before + _turn(r, gl.program_id(0), programs)
+            first, end, bh = self._tile_of_section(section, p, count)
+        else:
+            left = sections * (per_section - whole) - before
+            p = before + _turn(r, gl.program_id(0), gl.minimum(programs, left))
+            row = p // sections
+            first, end, bh = self._tile_of_section(p - row * sections, whole + row, count)
+        return first, end, bh, section, before + programs
+
+    @gluon.jit
     def interval(self, i, end):
         """[lo, hi) of the other side's rows for rows ``i``; rows from ``end`` on are as the last one before."""
         i = gl.minimum(i, end - 1)
@@ -86,13 +124,6 @@ class Tiles:
         if self.HAS_AFTER:
             hi = gl.maximum(gl.minimum(i + (self.others - self.rows + self.after + 1), self.others), 0)
         return lo, hi
-
-    @gluon.jit
-    def prefetch(self, i, end):
-        """Bring what ``interval`` reads for packed rows ``i`` into L1."""
-        i = gl.minimum(i, end - 1)
-        _prefetch(self.ranges_ptr + i)
-        _prefetch(self.ranges_ptr + self.rows + i)
 
     @gluon.jit
     def block_range(self, first, end, STEP: gl.constexpr, ALIGN: gl.constexpr):
@@ -157,15 +188,9 @@ class Tiles:
 
 
 @gluon.jit
-def item_of_round(r, items):
-    """Item of this program in round r of persistent programs: every other round runs backwards.
-
-    With the heaviest first, the program that had the heavier item of one round has the lighter one of the next.
-    """
-    before = r * gl.num_programs(0)
-    width = gl.minimum(gl.num_programs(0), items - before)
-    p = gl.program_id(0)
-    return before + gl.where(r % 2 == 0, p, width - 1 - p)
+def _turn(r, p, width):
+    """Place of program p in round r, which has ``width`` items."""
+    return gl.where(r % 2 == 0, p, width - 1 - p)
 
 
 @gluon.constexpr_function
@@ -183,6 +208,24 @@ def named_barrier(OPERATION: gl.constexpr, NUMBER: gl.constexpr, THREADS: gl.con
 def new_barriers(N: gl.constexpr):
     """N barriers in shared memory, not initialised; they are taken by ``index``."""
     return gl.allocate_shared_memory(gl.int64, [N, 1], mbarrier.MBarrierLayout())
+
+
+@gluon.jit
+def new_numbers(N: gl.constexpr):
+    """N int32 in shared memory, for ``put`` and ``get``."""
+    return gl.allocate_shared_memory(gl.int32, [N, 1], gl.SwizzledSharedLayout(1, 1, 1, order=[0]))
+
+
+@gluon.jit
+def put(numbers, i, value):
+    """Write number i, from a single warp. A barrier announces it: its arrival comes after the write."""
+    numbers.index(i).store(gl.full([1], value, gl.int32, layout=gl.BlockedLayout([1], [32], [1], [0])))
+
+
+@gluon.jit
+def get(numbers, i):
+    """Read number i, by the four warps of a consumer."""
+    return gl.max(numbers.index(i).load(gl.BlockedLayout([1], [32], [4], [0])), axis=0)
 
 
 @aggregate
@@ -215,11 +258,6 @@ class Rows:
         inside = (rows < end)[:, None] & (d < self.COLUMNS)[None, :]
         pointers = base + rows.to(gl.int64)[:, None] * self.stride_t + d[None, :]
         gl.store(pointers, x.to(self.ptr.dtype.element_ty), mask=inside)
-
-
-@gluon.jit
-def _prefetch(pointers):
-    gl.inline_asm_elementwise("prefetch.global.L1 [$1]; mov.u32 $0, 0;", "=r,l", [pointers], gl.int32, False, 1)
 
 
 @gluon.jit
