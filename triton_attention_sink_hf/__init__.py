@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from .after_import import after_import
 
 if TYPE_CHECKING:
+    from .attach_sinks import attach_learned_sinks
     from .flash_attn_api import flash_attn_func, flash_attn_varlen_func, flash_attn_with_kvcache
     from .integrations.sequence_parallel import sequence_parallel
     from .interface import Explanation, attention_sink, explain
@@ -22,6 +23,7 @@ __version__ = "0.1.0"
 __all__ = [
     "Explanation",
     "Mask",
+    "attach_learned_sinks",
     "attention_sink",
     "explain",
     "flash_attn_func",
@@ -34,6 +36,7 @@ __all__ = [
 _HOMES = {
     "Explanation": "interface",
     "Mask": "masks",
+    "attach_learned_sinks": "attach_sinks",
     "attention_sink": "interface",
     "explain": "interface",
     "flash_attn_func": "flash_attn_api",

@@ -4,7 +4,8 @@ transformers calls ``attention_mask`` once per forward and kind of layer, and pa
 of every layer. The two honour what stands here, or refuse it with a sentence that says what to do instead:
 
 ==================  ==================================================================================================
-sinks               ``s_aux`` or ``sinks`` (Hq,), one logit per head; per-token sinks are refused
+sinks               ``s_aux`` or ``sinks``: (Hq,), one logit per head, or (B, Hq, Sq), one per token; and the config's
+                    ``attention_sink``: a constant, the module's own, or both (``integrations/sinks.py``)
 causality, window   as the mask function was asked, like eager attention; if the model called none, ``is_causal`` (else
                     the module's) and ``sliding_window``; aligned to the end of the cache
 packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, else ``position_ids`` if Sq == Sk, cut
@@ -40,6 +41,7 @@ from .integrations.sequence_parallel import (
     own_sinks,
     scatter_rows,
 )
+from .integrations.sinks import layer_sinks
 from .interface import attention_sink, follow_autocast
 
 __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
@@ -96,7 +98,7 @@ def attention_forward(
         attention_mask: what ``attention_mask()`` returned, or a 2-D padding mask (B, Sk), nonzero = real key.
         scaling: factor on the scores, default D ** -0.5. softcap: c > 0 caps them with c * tanh(x / c).
         sliding_window: W: a query sees itself and the W - 1 keys before it.
-        s_aux, sinks: (Hq,), natural-log sink logits; one of them or neither.
+        s_aux, sinks: (Hq,), (B, Hq, Sq) or (B, Hq, Sq, 1), natural-log sink logits; one of them or neither.
         position_ids: (B, S) or (1, S). cu_seq_lens_q, cu_seq_lens_k: int (N + 1,), packed rows of a batch of one.
             Under sequence parallelism S is the shard's, and cu_seq_lens_* count the rows of all ranks.
         max_length_q, max_length_k: accepted; nothing needs them.
@@ -110,7 +112,7 @@ def attention_forward(
     """
     cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES} if is_continuous_batch(kwargs) else None
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
-    sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
+    sinks = layer_sinks(module, query, s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(attention_mask, ForwardMask):
         mask = attention_mask
@@ -153,6 +155,8 @@ def attention_forward(
         key_padding_mask = seqused_k = None
     if cu_q is not None:
         packed = (x.flatten(0, 1) for x in (q, k, v))
+        if sinks is not None and sinks.dim() == 3:
+            sinks = sinks.transpose(0, 1).flatten(1)
         options |= dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_padding_mask=key_padding_mask)
         out = attention_sink(*packed, sinks, **options).unflatten(0, q.shape[:2])
     else:
@@ -187,20 +191,6 @@ def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:
                 "is not known whether it changes the attention. Use attn_implementation='eager', or, if it does not, "
                 f"add {name!r} to triton_attention_sink_hf.flash_attention_triton_sink.IGNORED_KEYWORDS"
             )
-
-
-def _one_sink_per_head(module, heads: int, s_aux: Tensor | None, sinks: Tensor | None) -> Tensor | None:
-    if s_aux is not None and sinks is not None:
-        raise ValueError("sinks must be None where s_aux is given, got both")
-    name, value = ("s_aux", s_aux) if sinks is None else ("sinks", sinks)
-    if value is None and isinstance(getattr(module, "sinks", None), Tensor):
-        raise ValueError(f"s_aux must be the sinks that {type(module).__name__} owns, got None: they would be ignored")
-    if value is not None and tuple(value.shape) != (heads,):
-        raise ValueError(
-            f"{name} must be (Hq,) = ({heads},), one sink per head, got {tuple(value.shape)}: use "
-            "attn_implementation='eager' for sinks that differ by token"
-        )
-    return value
 
 
 def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_window) -> ForwardMask:

@@ -12,8 +12,9 @@ from torch import Tensor
 from .call import Call, Tensors, memo_of, traced
 from .implementations import CACHES, KERNELS, REFERENCE, fastest, unsupported_reason
 from .reference import reference_attention
+from .token_sinks import join_token_sinks
 from .tracing import constant_result
-from .validation import check_options, check_tensors, readable
+from .validation import check_options, check_tensors, check_token_sinks, readable
 
 
 @dataclass(frozen=True)
@@ -135,7 +136,8 @@ def attention_sink(
         q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
         k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
         v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: any from 1 to 256; multiples of 8 from 16 are fast.
-        sinks: (Hq,), any floating dtype; None = no sink.
+        sinks: (Hq,), any floating dtype; None = no sink. Or one per token, of lse's shape, (B, Hq, Sq) or packed
+            (Hq, Tq): two more elementwise passes over out and lse.
         causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.
         window_size: (left, right) keys beside the query's position, -1 = unlimited.
             Hugging Face's ``sliding_window=W`` is ``(W - 1, 0)``.
@@ -160,14 +162,16 @@ def attention_sink(
         ValueError, TypeError: an argument that cannot be honoured, before any kernel starts.
     """
     q, k, v = follow_autocast(q, k, v)
+    sinks, token_sinks = _split_sinks(sinks)
     tensors = (
         q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
+    check_token_sinks(token_sinks, call)
     if (block_table is not None or leftpad_k is not None) and not _read_in_place(call, implementation):
         k, v, key_padding_mask = _plain_cache(call)
         return attention_sink(
-            q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+            q, k, v, sinks if token_sinks is None else token_sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
             key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
             implementation=implementation,
         )  # fmt: skip
@@ -184,6 +188,8 @@ def attention_sink(
         out, lse = attention_op(call, name)
     if call.mask.packed:
         out, lse = out.squeeze(0), lse.squeeze(0)
+    if token_sinks is not None:
+        out, lse = join_token_sinks(out, lse, token_sinks)
     return (out, lse) if return_lse else out
 
 
@@ -209,12 +215,19 @@ def explain(
 ) -> Explanation:
     """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
     q, k, v = follow_autocast(q, k, v)
+    sinks, token_sinks = _split_sinks(sinks)
     tensors = (
         q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
+    check_token_sinks(token_sinks, call)
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
     return Explanation(fastest(call), reasons)
+
+
+def _split_sinks(sinks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Sinks per head, which kernels take, and sinks by token, which none does; one of them is None."""
+    return (None, sinks) if isinstance(sinks, Tensor) and sinks.dim() > 1 else (sinks, None)
 
 
 def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_scale, softcap, deterministic) -> Call:

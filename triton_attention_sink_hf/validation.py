@@ -84,6 +84,19 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
         _check_pages(call)
 
 
+def check_token_sinks(sinks: Tensor | None, call: Call) -> None:
+    """The same for sinks by token, which are no part of ``call``; packed rows have their batch dimension of 1."""
+    if sinks is None:
+        return
+    _check_tensor("sinks", sinks, call.q.device)
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
+    batch, seqlen, heads = call.q.shape[:3]
+    shape, layout = ((heads, seqlen), "(Hq, Tq)") if call.mask.packed else ((batch, heads, seqlen), "(B, Hq, Sq)")
+    if sinks.shape != shape:
+        raise ValueError(f"sinks must be (Hq,) = ({heads},) or {layout} = {shape}, got {tuple(sinks.shape)}")
+
+
 def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
     if not isinstance(value, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(value).__name__}")

@@ -33,9 +33,9 @@ class KernelConfig:
 
 
 def _size_class(problem) -> str:
-    """Tile sizes follow the wider side's padded head dimension (up to 64, 128, 256), and fp32 stands apart."""
+    """Tile sizes follow the wider side's padded head dimension (up to 64, 128, 256, 512), and fp32 stands apart."""
     width = max(problem.block_d, problem.block_dv)
-    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide"
+    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide" if width <= 256 else "huge"
     return f"fp32 {name}" if problem.call.q.element_size() == 4 else name
 
 
@@ -45,26 +45,32 @@ _FORWARD = {
     "narrow": KernelConfig(128, 64, 4, 3),
     "medium": KernelConfig(128, 64, 8, 2),
     "wide": KernelConfig(64, 32, 4, 2),
+    "huge": KernelConfig(32, 32, 8, 1),
     "fp32 narrow": KernelConfig(64, 32, 8, 2),
     "fp32 medium": KernelConfig(32, 16, 8, 1),
     "fp32 wide": KernelConfig(32, 16, 8, 1),
+    "fp32 huge": KernelConfig(16, 16, 8, 1),
 }
 _DQ = {
     "narrow": KernelConfig(64, 64, 4, 2),
     "medium": KernelConfig(64, 32, 4, 2),
     "wide": KernelConfig(32, 32, 4, 1),
+    "huge": KernelConfig(16, 16, 8, 1),
     "fp32 narrow": KernelConfig(32, 32, 8, 1),
     "fp32 medium": KernelConfig(16, 16, 8, 1),
     "fp32 wide": KernelConfig(16, 16, 8, 1),
+    "fp32 huge": KernelConfig(16, 16, 8, 1),
 }
 # dk and dv are two accumulators of block_n rows: with 4 warps those of D = 128 spill.
 _DKV = {
     "narrow": KernelConfig(64, 64, 4, 2),
     "medium": KernelConfig(32, 64, 8, 2),
     "wide": KernelConfig(32, 32, 8, 1),
+    "huge": KernelConfig(16, 16, 8, 1),
     "fp32 narrow": KernelConfig(32, 32, 8, 1),
     "fp32 medium": KernelConfig(16, 32, 8, 1),
     "fp32 wide": KernelConfig(16, 16, 8, 1),
+    "fp32 huge": KernelConfig(16, 16, 8, 1),
 }
 
 
