@@ -115,7 +115,7 @@ def short_window(case: Case) -> bool:
 def hopper(case: Case) -> bool:
     """Whether the Hopper kernels serve ``case`` on their card."""
     plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.scale > 0.0
-    dims = max(case.dims) > 32 and all(size % 8 == 0 for size in case.dims)
+    dims = 32 < max(case.dims) <= 256 and all(size % 8 == 0 for size in case.dims)
     return plain and dims and case.layout in ("bshd", "bhsd") and case.dtype != torch.float32
 
 

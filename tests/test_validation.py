@@ -47,9 +47,9 @@ CASES = {
         "multiple of k's heads, got 4 and 0",
     ),
     "k's D": (ValueError, {"k": torch.zeros(B, S, HK, 24)}, "k's head dimension must be q's 16, got 24"),
-    "D 0": (ValueError, {"q": torch.zeros(B, S, HQ, 0)}, "q's head dimension must be from 1 to 256, got 0"),
-    "D 257": (ValueError, {"q": torch.zeros(B, S, HQ, 257)}, "q's head dimension must be from 1 to 256, got 257"),
-    "Dv 257": (ValueError, {"v": torch.zeros(B, S, HK, 257)}, "v's head dimension must be from 1 to 256, got 257"),
+    "D 0": (ValueError, {"q": torch.zeros(B, S, HQ, 0)}, "q's head dimension must be from 1 to 512, got 0"),
+    "D 513": (ValueError, {"q": torch.zeros(B, S, HQ, 513)}, "q's head dimension must be from 1 to 512, got 513"),
+    "Dv 513": (ValueError, {"v": torch.zeros(B, S, HK, 513)}, "v's head dimension must be from 1 to 512, got 513"),
     "v's length": (ValueError, {"v": torch.zeros(B, 5, HK, D)}, r"v must be \(2, 6, 2\) \+ \(Dv,\) as k, got"),
     "batch": (
         ValueError,

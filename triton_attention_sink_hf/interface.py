@@ -135,7 +135,7 @@ def attention_sink(
     Args:
         q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
         k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
-        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: any from 1 to 256; multiples of 8 from 16 are fast.
+        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: from 1 to 512; multiples of 8 from 16 to 256 are fast.
         sinks: (Hq,), any floating dtype; None = no sink. Or one per token, of lse's shape, (B, Hq, Sq) or packed
             (Hq, Tq): two more elementwise passes over out and lse.
         causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.

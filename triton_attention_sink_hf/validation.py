@@ -11,6 +11,7 @@ from torch import Tensor
 from .call import Call
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 512
 CHECK_VARIABLE = "TRITON_ATTENTION_SINK_CHECK"
 
 
@@ -125,8 +126,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool = False
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     for name, size in (("q", q_shape[-1]), ("v", v_shape[-1])):
-        if size < 1 or size > 256:
-            raise ValueError(f"{name}'s head dimension must be from 1 to 256, got {size}")
+        if size < 1 or size > MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head dimension must be from 1 to {MAX_HEAD_DIM}, got {size}")
     if k_shape[-1] != q_shape[-1]:
         raise ValueError(f"k's head dimension must be q's {q_shape[-1]}, got {k_shape[-1]}")
     if k_shape[:-1] != v_shape[:-1]:

@@ -48,6 +48,8 @@ def _shape_reason(call: Call, target: str) -> str | None:
     dims = q.shape[-1], call.v.shape[-1]
     if any(size % 8 for size in dims):
         return f"FlashAttention-4 takes head dimensions that are multiples of 8, got {dims}"
+    if max(dims) > 256:
+        return f"FlashAttention-4 takes head dimensions up to 256, got {dims}"
     if target != "sm90" and max(dims) > 128 and dims not in ((192, 128), (256, 256)):
         return f"FlashAttention-4 takes head dimensions up to 128, (192, 128) and (256, 256) on {target}, got {dims}"
     if target != "sm90" and dims == (256, 256) and call.sinks is not None:

@@ -3,6 +3,9 @@
 Rows of a query tile are tokens times packed heads. Shared memory holds the query side once and the key side
 ``num_stages`` times, so tiles shrink as D grows: 227 KB on sm90 and sm100, 163 on sm80, 99 on sm86, sm89 and sm120,
 64 on gfx942.
+
+"huge" (D above 256) is made to be right and to fit, not tuned. On NVIDIA its fp32 dq spills 2 KB a thread: a product in
+fp32 holds a row of 512 columns of q and one of dout in a thread's registers, with any tile that was tried.
 """
 
 from __future__ import annotations
@@ -55,11 +58,11 @@ _DQ = {
     "narrow": KernelConfig(64, 64, 4, 2),
     "medium": KernelConfig(64, 32, 4, 2),
     "wide": KernelConfig(32, 32, 4, 1),
-    "huge": KernelConfig(16, 16, 8, 1),
+    "huge": KernelConfig(32, 16, 8, 1),
     "fp32 narrow": KernelConfig(32, 32, 8, 1),
     "fp32 medium": KernelConfig(16, 16, 8, 1),
     "fp32 wide": KernelConfig(16, 16, 8, 1),
-    "fp32 huge": KernelConfig(16, 16, 8, 1),
+    "fp32 huge": KernelConfig(8, 16, 8, 1),
 }
 # dk and dv are two accumulators of block_n rows: with 4 warps those of D = 128 spill.
 _DKV = {
@@ -70,7 +73,7 @@ _DKV = {
     "fp32 narrow": KernelConfig(32, 32, 8, 1),
     "fp32 medium": KernelConfig(16, 32, 8, 1),
     "fp32 wide": KernelConfig(16, 16, 8, 1),
-    "fp32 huge": KernelConfig(16, 16, 8, 1),
+    "fp32 huge": KernelConfig(16, 8, 8, 1),
 }
 
 
@@ -86,12 +89,19 @@ _MMA_SYNC = {
 }
 # A wave of 64 lanes: 8 warps are 512 threads, which halves the registers of each.
 _CDNA = {
-    "dq": {"fp32 wide": KernelConfig(16, 16, 4, 1)},
+    "forward": {"huge": KernelConfig(32, 32, 4, 1), "fp32 huge": KernelConfig(16, 16, 4, 1)},
+    "dq": {
+        "huge": KernelConfig(32, 16, 4, 1),
+        "fp32 wide": KernelConfig(16, 16, 4, 1),
+        "fp32 huge": KernelConfig(16, 16, 4, 1),
+    },
     "dkv": {
         "narrow": KernelConfig(32, 32, 4, 2),
         "medium": KernelConfig(16, 64, 4, 2),
         "wide": KernelConfig(32, 16, 4, 1),
+        "huge": KernelConfig(16, 16, 4, 1),
         "fp32 wide": KernelConfig(16, 16, 4, 1),
+        "fp32 huge": KernelConfig(16, 16, 4, 1),
     },
 }
 # Measured on an H100 (benchmarks/LOG.md). Some keep a few registers in memory and are still the fastest tiles.

@@ -34,8 +34,8 @@ def supports(call: Call) -> str | None:
         return "the Hopper kernels take a positive softmax_scale and no softcap"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper kernels take bfloat16 or float16, got {q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) <= 32:
-        return "the Hopper kernels take head dimensions above 32"
+    if not 32 < max(q.shape[-1], v.shape[-1]) <= 256:
+        return "the Hopper kernels take head dimensions above 32 and up to 256"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"
