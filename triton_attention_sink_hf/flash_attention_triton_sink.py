@@ -14,6 +14,7 @@ padding             2-D masks, left, right or between; integers above 1 number t
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
 continuous batches  of transformers' paged cache: ``cu_seq_lens_q/k``, or ``block_table``, ``k_cache`` and ``v_cache``
+sparse layers       ``indices`` (B, Sq, Sk), the keys that an indexer chose, while it chooses all that there are
 sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
 refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
                     sliding window, layers with keys that their mask was not made for, ring attention, and any keyword
@@ -88,6 +89,7 @@ def attention_forward(
     deterministic: bool | None = None,
     head_mask: Tensor | None = None,
     output_attentions: bool | None = None,
+    indices: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Exact attention with sinks for one layer, differentiable in query, key, value and the sinks.
@@ -101,6 +103,7 @@ def attention_forward(
         s_aux, sinks: (Hq,), (B, Hq, Sq) or (B, Hq, Sq, 1), natural-log sink logits; one of them or neither.
         position_ids: (B, S) or (1, S). cu_seq_lens_q, cu_seq_lens_k: int (N + 1,), packed rows of a batch of one.
             Under sequence parallelism S is the shard's, and cu_seq_lens_* count the rows of all ranks.
+        indices: integer (B, Sq, n), the n keys that each query may see, all different: n must be Sk, which is all.
         max_length_q, max_length_k: accepted; nothing needs them.
         deterministic: True asks for bit-exact gradients; else torch's global setting decides.
 
@@ -112,6 +115,8 @@ def attention_forward(
     """
     cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES} if is_continuous_batch(kwargs) else None
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
+    if indices is not None:
+        _refuse_sparse(indices, query.shape[2], key.shape[2])
     sinks = layer_sinks(module, query, s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(attention_mask, ForwardMask):
@@ -191,6 +196,16 @@ def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:
                 "is not known whether it changes the attention. Use attn_implementation='eager', or, if it does not, "
                 f"add {name!r} to triton_attention_sink_hf.flash_attention_triton_sink.IGNORED_KEYWORDS"
             )
+
+
+def _refuse_sparse(indices: Tensor, seqlen_q: int, seqlen_k: int) -> None:
+    """Raise unless an indexer's choice hides nothing. Its topk gives different keys, so as many as there are is all."""
+    if indices.dim() != 3 or tuple(indices.shape[1:]) != (seqlen_q, seqlen_k) or indices.is_floating_point():
+        raise ValueError(
+            f"indices must be integers (B, Sq, Sk) = (B, {seqlen_q}, {seqlen_k}), which hide no key, got "
+            f"{tuple(indices.shape)} {indices.dtype}: the layer's indexer chooses keys (sparse attention). Use rows of "
+            "at most config.index_topk tokens, or attn_implementation='eager'"
+        )
 
 
 def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_window) -> ForwardMask:
