@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -203,7 +203,7 @@ def measure(case: Case, groups: dict[int, dist.ProcessGroup]) -> dict:
     }
 
 
-def measure_function(size: int, groups: dict[int, dist.ProcessGroup], by_token: bool = False) -> dict:
+def measure_function(size: int, groups: dict[int, dist.ProcessGroup], *, by_token: bool = False) -> dict:
     """attention_forward itself, fp64: value heads of another dimension, cu_seq_lens_*, softcap, sinks ``by_token``."""
     from triton_attention_sink_hf import attention_sink, sequence_parallel
     from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward
@@ -340,6 +340,7 @@ def main(out: Path) -> None:
     results = {}
     runs = [(case.name, measure, case) for case in (*EXACT, *ALONE)]
     runs += [(f"function-sp{size}", measure_function, size) for size in (2, 4)]
+    runs += [("by-token-sp4", partial(measure_function, by_token=True), 4)]
     runs += [("autocast-sp4", measure_autocast, 4)]
     hooks = {"hook": triton_attention_sink_hf.sequence_parallel, "verl": as_verl}
     runs += [(f"compiled-{name}", measure_compiled, how) for name, how in hooks.items()]

@@ -160,7 +160,7 @@ REFUSED = [
     (lambda: torch.nn.Linear(2, 2), {}, TypeError, "model must be a transformers model, got Linear"),
     (tiny, {"init": True}, TypeError, "init must be None, a number or the folder of a checkpoint, got bool"),
     (
-        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=16, d_kv=4, num_layers=1, d_ff=8)),
+        lambda: transformers.T5ForConditionalGeneration(transformers.T5Config(d_model=8, d_kv=4, num_layers=1, d_ff=8)),
         {}, ValueError, "model must be a decoder or an encoder alone, got T5ForConditionalGeneration",
     ),
 ]  # fmt: skip

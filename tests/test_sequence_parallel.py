@@ -58,6 +58,10 @@ def test_cu_seq_lens_softcap_and_value_heads_of_another_dimension(measured, size
     assert max(measured[f"function-sp{size}"].values()) <= 1e-12, measured[f"function-sp{size}"]
 
 
+def test_sinks_by_token(measured):
+    assert max(measured["by-token-sp4"].values()) <= 1e-12, measured["by-token-sp4"]
+
+
 def test_autocast_unifies_the_dtypes_before_the_exchange(measured):
     assert measured["autocast-sp4"]["out"] <= 1e-2
 

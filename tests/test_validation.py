@@ -60,7 +60,7 @@ CASES = {
     "sinks a float": (TypeError, {"sinks": 0.0}, "sinks must be a torch.Tensor, got float"),
     "sinks of ints": (TypeError, {"sinks": _ints(0, 0, 0, 0)}, "sinks must be a floating dtype, got torch.int32"),
     "sinks too few": (ValueError, {"sinks": torch.zeros(2)}, r"sinks must be \(Hq,\) = \(4,\), got \(2,\)"),
-    "sinks 2-D": (ValueError, {"sinks": torch.zeros(1, 4)}, r"sinks must be \(Hq,\) = \(4,\), got \(1, 4\)"),
+    "sinks 2-D": (ValueError, {"sinks": torch.zeros(1, 4)}, r"or \(B, Hq, Sq\) = \(2, 4, 6\), got \(1, 4\)"),
     # numbers
     "window -2": (ValueError, {"window_size": (-2, 0)}, r"window_size must be >= -1.*got \(-2, 0\)"),
     "window an int": (TypeError, {"window_size": 128}, "window_size must be a pair.*got 128"),

@@ -92,7 +92,9 @@ def _configs(model, layers: dict[str, torch.nn.Module]) -> list:
             )
         value = getattr(config, KEY, None)
         if value is not None and not parse(value)[0]:
-            raise ValueError(f"{KEY} must be None, '{LEARNED}' or '{LEARNED}+{value}' for attached sinks, got {value!r}")
+            raise ValueError(
+                f"{KEY} must be None, '{LEARNED}' or '{LEARNED}+{value}' for attached sinks, got {value!r}"
+            )
     return configs
 
 

@@ -171,7 +171,8 @@ def attention_sink(
     if (block_table is not None or leftpad_k is not None) and not _read_in_place(call, implementation):
         k, v, key_padding_mask = _plain_cache(call)
         return attention_sink(
-            q, k, v, sinks if token_sinks is None else token_sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+            q, k, v, sinks if token_sinks is None else token_sinks,
+            causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
             key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
             implementation=implementation,
         )  # fmt: skip
