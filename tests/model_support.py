@@ -62,18 +62,21 @@ WITH_COLUMNS = "eager_with_columns"
 
 
 def eager_with_columns(
-    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, sinks=None, dropout=0.0, **kwargs
-):
+    module, query, key, value, attention_mask, scaling=None, softcap=None, s_aux=None, sinks=None, position_bias=None,
+    **kwargs,
+):  # fmt: skip
     """Eager attention with a column for every sink: the model's or the module's own, and the config's ``column``."""
     k, v = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
     scores = query @ k.transpose(-1, -2) * (query.shape[-1] ** -0.5 if scaling is None else scaling)
     if softcap is not None:
         scores = softcap * torch.tanh(scores / softcap)
-    if attention_mask is not None:
-        scores = scores + attention_mask
+    for added in (attention_mask, position_bias):
+        scores = scores if added is None else scores + added
     s_aux = sinks if s_aux is None else s_aux
     s_aux = getattr(module, "sinks", None) if s_aux is None else s_aux
-    columns = [] if s_aux is None else [s_aux[None, :, None, None].expand(*scores.shape[:3], 1)]
+    if s_aux is not None and s_aux.dim() == 1:
+        s_aux = s_aux[None, :, None, None]
+    columns = [] if s_aux is None else [s_aux.expand(*scores.shape[:3], 1)]
     if getattr(module.config, "column", None) is not None:
         columns.append(scores.new_full((*scores.shape[:3], 1), module.config.column))
     p = softmax(torch.cat([scores, *columns], -1), -1)[..., : scores.shape[-1]]

@@ -29,6 +29,8 @@ TAIL = """
 - **HY-V4**, DeepSeek-V3.2 and others with an indexer: while a row has at most `config.index_topk` tokens the indexer
   chooses every key, and attention is dense. Longer rows are refused.
 - **Inkling-2**: its sinks by token are served; the position bias that depends on the query is not.
+- **Images and prefixes** of tokens that see each other in both directions are refused; the same models are served on
+  text alone. So are T5Gemma's packed rows by `position_ids`, whose `cu_seq_lens` its encoder would take for its own.
 """
 LACKS = ("no window", "no blocks of tokens", "does not generate", "no gradient checkpointing")
 
@@ -56,5 +58,6 @@ def cell(verdict: str, reasons: dict[str, int]) -> str:
     kind, _, reason = verdict.partition(": ")
     if not reason or reason in LACKS:
         return "-"
-    number = reasons.setdefault(f"{reason.split(', got')[0].rstrip()}", len(reasons) + 1)
+    reason = re.sub(r"\b\d+\b", "N", reason.split(", got")[0].rstrip())
+    number = reasons.setdefault(reason, len(reasons) + 1)
     return f"{'-' if kind == 'n/a' else 'no' if kind == 'refused' else 'WRONG'} {number}"
