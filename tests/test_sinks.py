@@ -29,7 +29,8 @@ def plain(q, k, v, *sinks, visible=None):
     """Softmax over the visible scores and one more column for each of sinks (H,) or (B, H, S). (B, S, H, D)."""
     k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
     scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5
-    visible = torch.ones(scores.shape[-2:], dtype=torch.bool).tril() if visible is None else visible
+    if visible is None:
+        visible = torch.ones(scores.shape[-2:], dtype=torch.bool, device=q.device).tril()
     scores = scores.masked_fill(~visible, float("-inf"))
     columns = [(s if s.dim() == 3 else s[None, :, None]).expand(scores.shape[:3])[..., None].to(q.dtype) for s in sinks]
     return (softmax(torch.cat([scores, *columns], -1), -1)[..., : scores.shape[-1]] @ v).transpose(1, 2)
@@ -72,6 +73,33 @@ def test_every_kind_equals_plain_autograd(kind):
     assert_equal_with_gradients(out, plain(*leaves[:3], *columns), leaves)
 
 
+@pytest.mark.gpu
+@pytest.mark.parametrize("kind", KINDS)
+def test_every_kind_on_a_gpu_equals_fp64(kind):
+    """The kernels that "auto" takes, in bf16, from the same rounded numbers."""
+    value, passed, attributes, columns = KINDS[kind]
+    torch.manual_seed(3)
+    q, k, v = (torch.randn(2, h, 300, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
+
+    def on_gpu(x):
+        return x.detach().repeat(1, 1, 34)[..., :300].cuda() if x.dim() == 3 else x.detach().cuda()
+
+    sinks = [on_gpu(x) for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
+    constants = [x.cuda() for x in columns if not (x is BY_HEAD or x is BY_TOKEN)]
+    found, expected = ([x.to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (q.dtype, torch.float64))
+    ours, exact = ([x.to(dtype).requires_grad_() for x in sinks] for dtype in (torch.float32, torch.float64))
+    passed = {name: ours[0] for name in passed}
+    attributes = {name: x if x is None else ours[0] for name, x in attributes.items()}
+    out = attention_forward(layer(value, **attributes), *found, None, **passed)[0]
+    want = plain(*expected, *exact, *constants)
+    weights = torch.cos(torch.arange(want.numel(), device="cuda")).view(want.shape).to(q.dtype).double()
+    grads = [torch.autograd.grad((x.double() * weights).sum(), leaves)
+             for x, leaves in ((out, found + ours), (want, expected + exact))]  # fmt: skip
+    for ours_, theirs in zip((out, *grads[0]), (want, *grads[1]), strict=True):
+        error = (ours_.double() - theirs).norm() / theirs.norm()
+        assert error < 1e-2, error
+
+
 @pytest.mark.parametrize("kind", ["off by one", "both", "by token", "by token and constant"])
 def test_every_kind_in_packed_rows_and_under_a_window(kind):
     value, passed, attributes, columns = KINDS[kind]
@@ -93,7 +121,7 @@ def test_the_last_dimension_of_sinks_by_token_may_be_written_out():
 
 
 WRONG = [
-    ("off by one", {}, ValueError, "attention_sink must be a finite number (0 = off-by-one softmax), 'learned' or"),
+    ("off by one", {}, ValueError, "attention_sink must be a finite number (0 = off-by-one softmax), 'learned'"),
     ("first:4", {}, ValueError, "got 'first:4'"),
     (float("inf"), {}, ValueError, "got inf"),
     ("learned+nan", {}, ValueError, "got 'learned+nan'"),
