@@ -97,7 +97,7 @@ CASES = {
     "D 192/128": Case(35, heads=(4, 1), head_dim=(192, 128), window=(20, 0), dlse=True),
     "D 24/64": Case(35, heads=(2, 1), head_dim=(24, 64), padding="left"),
     "D 256/16": Case(35, heads=(2, 1), head_dim=(256, 16), lengths_q=(30, 5)),
-    "D 512": Case(35, heads=(8, 1), head_dim=512, window=(20, 0)),
+    "D 512": Case(20, heads=(4, 1), head_dim=512, window=(9, 0)),
     "D 320/500": Case(35, heads=(2, 1), head_dim=(320, 500), padding="left", softcap=9.0, dlse=True),
     "D 24/257": Case(35, heads=(2, 1), head_dim=(24, 257), lengths_q=(30, 5), causal=False, sinks=None),
     # memory layouts

@@ -191,11 +191,14 @@ def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:
         )
     for name, value in kwargs.items():
         if value is not None and value is not False and name not in IGNORED_KEYWORDS:
-            raise ValueError(
-                f"{name} must be None for attn_implementation='triton_attention_sink', got {type(value).__name__}: it "
-                "is not known whether it changes the attention. Use attn_implementation='eager', or, if it does not, "
-                f"add {name!r} to triton_attention_sink_hf.flash_attention_triton_sink.IGNORED_KEYWORDS"
+            why = (
+                "it is not known whether it changes the attention. Use attn_implementation='eager', or, if it does "
+                f"not, add {name!r} to triton_attention_sink_hf.flash_attention_triton_sink.IGNORED_KEYWORDS"
             )
+            if name == "position_bias":
+                why = "no kernel adds a bias to the scores. Use attn_implementation='eager'"
+            got = type(value).__name__
+            raise ValueError(f"{name} must be None for attn_implementation='triton_attention_sink', got {got}: {why}")
 
 
 def _refuse_sparse(indices: Tensor, seqlen_q: int, seqlen_k: int) -> None:
