@@ -160,11 +160,11 @@ def test_a_constant_is_made_once(monkeypatch):
     assert kinds._remembered(-0.25, 4, q.device).dtype == torch.float32
 
 
-@pytest.mark.parametrize("value", [0.0, "learned+0.0"])
-def test_compiled_as_one_graph(value):
+@pytest.mark.parametrize("value, s", [(0.0, None), ("learned+0.0", SPREAD), (None, BY_TOKEN)])
+def test_compiled_as_one_graph(value, s):
     torch._dynamo.reset()
     q, k, v = inputs(torch.float32)
-    s = None if value == 0.0 else SPREAD.float()
+    s = None if s is None else s.detach().float()
     module = layer(value)
 
     def run(q, k, v):

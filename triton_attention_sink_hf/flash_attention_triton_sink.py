@@ -133,6 +133,8 @@ def attention_forward(
     given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
     group = mask.group if mask.has_group else active_group(rows)
     if group is not None:
+        if indices is not None:
+            raise ValueError("indices must be None under sequence parallelism, got those of this rank's rows alone")
         q, k, v = follow_autocast(q, k, v)
         padded = isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING
         positions = given if position_ids is None else position_ids
