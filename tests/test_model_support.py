@@ -10,7 +10,7 @@ from model_support import FEATURES, PAGE, RESULTS, ROWS  # noqa: E402
 from model_support_page import newest, page  # noqa: E402
 from processes import INTERPRETED_AS_HERE, ROOT, python  # noqa: E402
 
-SAMPLE = ("DeepSeek-V4", "DeepSeek-V4, sliding layers alone", "PaliGemma")  # keys of a layer's own, D 512, blocks
+SAMPLE = ("DeepSeek-V4, sliding layers alone", "PaliGemma")  # D 512, blocks
 
 
 @pytest.fixture(scope="module")
