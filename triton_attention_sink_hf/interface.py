@@ -53,6 +53,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
     implementation: str = ...,
@@ -76,6 +77,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[True],
     implementation: str = ...,
@@ -99,6 +101,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: bool,
     implementation: str = ...,
@@ -121,6 +124,7 @@ def attention_sink(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
@@ -149,6 +153,9 @@ def attention_sink(
         leftpad_k: int32 (B,), hidden slots at the start of a cache, which count in seqused_k and in positions.
         block_table: int32 (B, n): k (pages, page size, Hkv, D) and v are pages, and these are each row's, in order.
             Entries for pages without a key in use may hold anything.
+        key_ranges: int32 (B, Sq, 2), or packed (Tq, 2): the keys [first, last) that each query may see of those that
+            causality, window, segments and padding leave it. Rows of k (packed: of the whole packed k; with a
+            block_table: slots), clamped to those there are. Any order; an empty range sees nothing.
         deterministic: None follows ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, (B, Hq, Sq) or packed (Hq, Tq), fp32, natural log, sink included.
         implementation: "auto" (the fastest that supports the call) or a name, which then runs or raises.
@@ -161,15 +168,15 @@ def attention_sink(
     """
     q, k, v = follow_autocast(q, k, v)
     tensors = (
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     if (block_table is not None or leftpad_k is not None) and not _read_in_place(call, implementation):
         k, v, key_padding_mask = _plain_cache(call)
         return attention_sink(
             q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-            key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
-            implementation=implementation,
+            key_padding_mask=key_padding_mask, seqused_k=seqused_k, key_ranges=key_ranges, deterministic=deterministic,
+            return_lse=return_lse, implementation=implementation,
         )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
@@ -205,12 +212,13 @@ def explain(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
     """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
     q, k, v = follow_autocast(q, k, v)
     tensors = (
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
@@ -247,6 +255,8 @@ def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_
         call.q, call.k, call.v = call.q.unsqueeze(0), call.k.unsqueeze(0), call.v.unsqueeze(0)
         if mask.key_padding_mask is not None:
             mask.key_padding_mask = mask.key_padding_mask.unsqueeze(0)
+        if mask.key_ranges is not None:
+            mask.key_ranges = mask.key_ranges.unsqueeze(0)
     return call
 
 
