@@ -15,12 +15,10 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from .config import RANGES_BLOCK
+from .config import RANGES_BLOCK, SCAN_BLOCK
 from .masks import key_interval, query_interval
 from .problem import Problem, ceil_div, planned
 from .relaunch import Launch
-
-SCAN_BLOCK = 1024  # queries at a time in the search for those of a key tile
 
 
 @triton.jit
@@ -118,10 +116,12 @@ def _interval_arguments(problem: Problem) -> dict:
     }
 
 
-def query_side_tensors(problem: Problem) -> dict:
-    """``mask_tensors`` for kernels that loop over keys. With key_ranges ``ranges_ptr`` is int32 (B, 2, Sq), the keys
-    [lo, hi) that each query sees."""
-    tensors, key_ranges = problem.mask_tensors(), problem.call.mask.key_ranges
+def query_side_tensors(problem: Problem, tensors: dict) -> dict:
+    """``tensors``, the problem's ``mask_tensors``, for kernels that loop over keys.
+
+    With key_ranges ``ranges_ptr`` is int32 (B, 2, Sq), the keys [lo, hi) that each query sees.
+    """
+    key_ranges = problem.call.mask.key_ranges
     if key_ranges is None:
         return tensors
     found = key_ranges.new_empty(problem.batch, 2, problem.seqlen_q)
@@ -134,10 +134,12 @@ def query_side_tensors(problem: Problem) -> dict:
     return {**tensors, "ranges_ptr": found}
 
 
-def key_side_tensors(problem: Problem, query_ranges: Tensor, tile: int) -> dict:
-    """``mask_tensors`` for kernels that loop over queries, with two more: ``query_ranges`` of ``query_side_tensors``,
-    and int32 (B, tiles, 2), the queries [first, last) of each tile of ``tile`` keys. None without key_ranges."""
-    tensors = problem.mask_tensors()
+def key_side_tensors(problem: Problem, tensors: dict, query_ranges: Tensor, tile: int) -> dict:
+    """The same for kernels that loop over queries, with two more, None without key_ranges.
+
+    These are ``query_ranges``, of ``query_side_tensors``, and int32 (B, tiles, 2), the queries [first, last) of each tile
+    of ``tile`` keys.
+    """
     if problem.call.mask.key_ranges is None:
         return {**tensors, "query_ranges_ptr": None, "key_tiles_ptr": None}
     found = query_ranges.new_empty(problem.batch, ceil_div(problem.seqlen_k, tile), 2)

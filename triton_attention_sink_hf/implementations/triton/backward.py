@@ -490,7 +490,8 @@ def statistics_blocks(problem: Problem, tokens: int) -> Blocks:
 
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
-    call, mask_tensors = problem.call, query_side_tensors(problem)
+    call, mask_tensors = problem.call, problem.mask_tensors()
+    query_side = query_side_tensors(problem, mask_tensors)
     dlse_strides = None if dlse is None else dlse.stride()
     aligned = use_tma(problem, call.q, call.k, call.v, dout)
     launch, parts, tma = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
@@ -510,7 +511,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dq_ptr=dq,
         statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
-        **mask_tensors,
+        **query_side,
     )
     if dk is not None:
         launch, tma, tile = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
@@ -525,7 +526,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
             dout_ptr=dout,
             dk_ptr=dk,
             dv_ptr=dv,
-            **key_side_tensors(problem, mask_tensors["ranges_ptr"], tile),
+            **key_side_tensors(problem, mask_tensors, query_side["ranges_ptr"], tile),
         )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

@@ -180,5 +180,5 @@ def launch_forward(problem: Problem, out, lse) -> None:
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
-        **query_side_tensors(problem),
+        **query_side_tensors(problem, problem.mask_tensors()),
     )
