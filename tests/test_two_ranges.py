@@ -1,7 +1,7 @@
 """Two ranges of keys a query: merged parts, first keys beside a window, shared prefixes.
 
-The kernels are interpreted; the reference computes the same. The oracle is one softmax over all keys, in fp64 by the reference: with a dense mask made for each case, or sample by
-sample.
+The kernels are interpreted; the reference computes the same. The oracle is one softmax over all keys, in fp64 by the
+reference: with a dense mask made for each case, or sample by sample.
 """
 
 import pytest

@@ -12,6 +12,7 @@ packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, els
 padding             2-D masks, left, right or between; integers above 1 number the samples
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
+shared prompts      ``shared_prefixes``: a ``SharedPrefixes``; one row, no padding, no cache, no sequence parallelism
 continuous batches  of transformers' paged cache: ``cu_seq_lens_q/k``, or ``block_table``, ``k_cache`` and ``v_cache``
 sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
 refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
@@ -32,6 +33,7 @@ from torch import Tensor
 from .integrations.continuous_batching import batch_attention, is_continuous_batch
 from .integrations.forward_mask import NO_PADDING, ForwardMask
 from .integrations.mask_function import attention_mask
+from .integrations.sample_tree import tree_attention
 from .integrations.sequence_parallel import (
     active_group,
     check_shards,
@@ -41,6 +43,7 @@ from .integrations.sequence_parallel import (
     scatter_rows,
 )
 from .interface import attention_sink, follow_autocast
+from .shared_prefix import SharedPrefixes
 
 __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 
@@ -84,6 +87,7 @@ def attention_forward(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     deterministic: bool | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
     head_mask: Tensor | None = None,
     output_attentions: bool | None = None,
     **kwargs,
@@ -100,6 +104,8 @@ def attention_forward(
         position_ids: (B, S) or (1, S). cu_seq_lens_q, cu_seq_lens_k: int (N + 1,), packed rows of a batch of one.
             Under sequence parallelism S is the shard's, and cu_seq_lens_* count the rows of all ranks.
         max_length_q, max_length_k: accepted; nothing needs them.
+        shared_prefixes: which segments of the row are prompts of which others; position_ids are those of its
+            ``position_ids()``.
         deterministic: True asks for bit-exact gradients; else torch's global setting decides.
 
     Returns:
@@ -117,6 +123,8 @@ def attention_forward(
     else:
         mask = _layers_own_mask(module, q, k, attention_mask, is_causal, sliding_window)
     if cached is not None:
+        if shared_prefixes is not None:
+            raise ValueError("shared_prefixes must be None in continuous batching, got a tree")
         return _continuous_batch(
             module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, cached,
             sinks=sinks, softmax_scale=scaling, softcap=0.0 if softcap is None else softcap,
@@ -125,6 +133,17 @@ def attention_forward(
     rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
     group = mask.group if mask.has_group else active_group(rows)
+    if shared_prefixes is not None:
+        if group is not None:
+            raise ValueError("shared_prefixes must be None under sequence parallelism, got a tree")
+        given = dict(
+            attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+        )  # fmt: skip
+        return tree_attention(
+            shared_prefixes, q, k, v, sinks, mask, given, softmax_scale=scaling,
+            softcap=0.0 if softcap is None else softcap, deterministic=deterministic or None,
+        ), None  # fmt: skip
     if group is not None:
         q, k, v = follow_autocast(q, k, v)
         padded = isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING

@@ -137,8 +137,8 @@ def query_side_tensors(problem: Problem, tensors: dict) -> dict:
 def key_side_tensors(problem: Problem, tensors: dict, query_ranges: Tensor, tile: int) -> dict:
     """The same for kernels that loop over queries, with two more, None without key_ranges.
 
-    These are ``query_ranges``, of ``query_side_tensors``, and int32 (B, tiles, 2), the queries [first, last) of each tile
-    of ``tile`` keys.
+    These are ``query_ranges``, of ``query_side_tensors``, and int32 (B, tiles, 2), the queries [first, last) of each
+    tile of ``tile`` keys.
     """
     if problem.call.mask.key_ranges is None:
         return {**tensors, "query_ranges_ptr": None, "key_tiles_ptr": None}
