@@ -7,6 +7,7 @@ reference: with a dense mask made for each case, or sample by sample.
 import pytest
 import torch
 from cases import cu_seqlens
+from processes import ROOT
 
 from triton_attention_sink_hf import (
     Mask,
@@ -322,3 +323,22 @@ def test_bad_trees():
     ):
         with pytest.raises(error, match=message):
             shared_prefix_attention(**{"q": q, "k": q, "v": q, "tree": tree, **arguments})
+
+
+def test_the_benchmark_checks_before_it_times(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "benchmarks"))
+    import shared_prefix as benchmark
+
+    for window in (4, None):
+        case = benchmark.Case(9, 3, 5, window, heads=(4, 2), head_dim=16)
+        forms = benchmark.make_forms(case, "cpu", torch.float32)
+        assert max(benchmark.check(case, forms).values()) < 1e-5
+        forms["tree"].leaves[1].data[3] += 0.1
+        forms["tree"].out = None
+        assert any(error > benchmark.LIMIT[name] for name, error in benchmark.check(case, forms).items())
+    rows = [
+        {"case": "a", "form": form, "direction": way, "ms": ms}
+        for form, way, ms in (("tree", "forward", 1), ("tree", "backward", 2), ("packed", "forward", 4))
+    ]
+    rows.append({"case": "a", "form": "packed", "direction": "backward", "ms": 5})
+    assert benchmark.speedups(rows) == [{"case": "a", "forward": 4.0, "backward": 2.5, "both": 3.0}]
