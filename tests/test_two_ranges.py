@@ -8,9 +8,9 @@ import pytest
 import torch
 from cases import cu_seqlens
 from processes import ROOT
+from visibility import Visible, first_and_window, first_and_window_of_segments, path_of
 
 from triton_attention_sink_hf import (
-    Mask,
     SharedPrefixes,
     attention_sink,
     first_keys_attention,
@@ -25,17 +25,6 @@ pytestmark = [
 ]
 
 IMPLEMENTATIONS = ("triton", "reference")
-
-
-class Visible(Mask):
-    """Any visibility, for the oracle."""
-
-    def __init__(self, visible):
-        super().__init__()
-        self.visible = visible
-
-    def dense(self, seqlen_q, seqlen_k, device):
-        return self.visible
 
 
 def tensors(tokens, heads=(4, 2), dims=(16, 16), batch=(), seqlen_k=None, seed=0):
@@ -147,13 +136,6 @@ def test_bad_parts():
 # first_keys_attention
 
 
-def _first_and_window(position, start, n, left, seqlen_k):
-    """bool (B, Sq, Sk): causal, in the window or among the first n; position (B, Sq), start (B, 1) or (B, Sq)."""
-    j = torch.arange(seqlen_k)
-    position, start = position[..., None], start[..., None]
-    return (j <= position) & (j >= start) & ((j >= position - left) | (j < start + n))
-
-
 FIRST = {
     "dense": (40, 40, 3, 9, {}),
     "window and first keys overlap": (20, 20, 6, 4, {}),
@@ -176,7 +158,7 @@ def test_first_keys(name, implementation):
     used = torch.tensor(masks.get("seqused_k", (seqlen_k,) * 2))
     start = torch.tensor(masks.get("leftpad_k", masks.get("real", (0, 0))))[:, None]
     position = torch.arange(seqlen_q) + used[:, None] - seqlen_q
-    visible = _first_and_window(position, start, n, left, seqlen_k)
+    visible = first_and_window(position, start, n, left, seqlen_k)
     options = {name: torch.tensor(x, dtype=torch.int32) for name, x in masks.items() if name != "real"}
     if "real" in masks:
         options["key_padding_mask"] = torch.arange(seqlen_k) >= start
@@ -202,14 +184,11 @@ def test_first_keys_of_packed_segments(lengths_k, implementation):
     q, k, v, sink, dout, dlse = tensors(sum(lengths) + 2, heads=(2, 1), seqlen_k=sum(keys) + 3)
     cu_q = cu_seqlens(lengths)
     cu_k = cu_q if lengths_k is None else cu_seqlens(keys)
-    visible = torch.zeros(q.shape[0], k.shape[0], dtype=torch.bool)
-    for (a, b), (c, d) in zip(cu_q.unfold(0, 2, 1).tolist(), cu_k.unfold(0, 2, 1).tolist(), strict=True):
-        position = torch.arange(b - a) + (d - c) - (b - a)
-        visible[a:b, c:d] = _first_and_window(position, torch.zeros(1, dtype=torch.int64), n, left, d - c)
+    visible = first_and_window_of_segments(cu_q, cu_k, (q.shape[0], k.shape[0]), n, left)
     want = outputs(
         lambda q, k, v, sink: tuple(
             x[0]
-            for x in reference_attention(q[None], k[None], v[None], sink, Visible(visible[None]), softmax_scale=0.25)
+            for x in reference_attention(q[None], k[None], v[None], sink, Visible(visible), softmax_scale=0.25)
         ),
         [x.double() for x in (q, k, v, sink)], (dout.double(), dlse.double()),
     )  # fmt: skip
@@ -241,12 +220,9 @@ def test_bad_first_keys():
 
 def separate_samples(tree, window, q, k, v, sinks, softcap):
     """out (T, H, Dv) and lse (H, T) of samples one by one, by the reference."""
-    starts, outs, lses = [0], [], []
-    for length in tree.lengths:
-        starts.append(starts[-1] + length)
-    for segment, prefix in enumerate(tree.prefix_of):
-        rows = torch.arange(starts[segment], starts[segment + 1])
-        path = rows if prefix == -1 else torch.cat([torch.arange(starts[prefix], starts[prefix + 1]), rows])
+    outs, lses = [], []
+    for segment in range(len(tree.lengths)):
+        rows, path = path_of(tree, segment)
         out, lse = attention_sink(
             q[None, rows], k[None, path], v[None, path], sinks, window_size=(window, 0), softcap=softcap,
             return_lse=True, implementation="reference",
