@@ -4,6 +4,8 @@ The kernels are interpreted; the reference computes the same. The oracle is one 
 reference: with a dense mask made for each case, or sample by sample.
 """
 
+import pickle
+
 import pytest
 import torch
 from cases import cu_seqlens
@@ -243,7 +245,7 @@ TREES = {
     "many branches": (SharedPrefixes((30, *(1 + i % 5 for i in range(16))), (-1, *(0,) * 16)), 7, {"heads": (8, 1)}),
     "no branches": (SharedPrefixes((8, 0, 5), (-1, -1, -1)), 3, {}),
     "window 128, shorter than the prompt": (
-        SharedPrefixes((150, 20, 140), (-1, 0, 0)), 127, {"heads": (2, 1), "sinks": False},
+        SharedPrefixes((140, 21, 130), (-1, 0, 0)), 127, {"heads": (2, 1), "sinks": False},
     ),
     "D 64, softcap": (SharedPrefixes((40, 30, 17), (-1, 0, 0)), 33, {"heads": (2, 1), "dims": (64, 64), "softcap": 3}),
     "D 128/40": (SharedPrefixes((40, 30, 17), (-1, 0, 0)), -1, {"heads": (2, 1), "dims": (128, 40)}),
@@ -276,6 +278,14 @@ def test_positions_and_previous_rows_follow_the_path():
     tree = SharedPrefixes((3, 2, 0, 2, 0, 2), (-1, 0, 0, 0, -1, 4))
     assert tree.position_ids().tolist() == [[0, 1, 2, 3, 4, 3, 4, 0, 1]]
     assert tree.previous_rows().tolist() == [-1, 0, 1, 2, 3, 2, 5, -1, 7]
+
+
+def test_a_tree_is_copied_without_what_was_derived_of_it():
+    tree = SharedPrefixes(torch.tensor([3, 2]), torch.tensor([-1, 0]))
+    tree.cu_seqlens(torch.device("cpu"))
+    copied = pickle.loads(pickle.dumps(tree))
+    assert repr(copied) == repr(tree) == "SharedPrefixes(lengths=(3, 2), prefix_of=(-1, 0))"
+    assert tree._derived and not copied._derived
 
 
 def test_bad_trees():

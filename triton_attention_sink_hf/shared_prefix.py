@@ -7,13 +7,16 @@ separate samples, forward and backward; the prompt's gradients are the sums of t
 Two parts, merged by their lse. Ordinary packed causal attention over all segments, with the sinks; and the branches
 against their prompts. The latter needs no copy of a key, because packed segments of queries and of keys are cut
 separately: all branches of a group are one segment of queries, whose keys are the prompt. With a window only the first
-rows of a branch reach back into the prompt: these are gathered, and ``key_ranges`` says how far each sees.
+rows of a branch reach back into the prompt, and only to its end: these are gathered, once, and ``key_ranges`` says how
+far each row sees.
 """
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Sequence
 from itertools import accumulate
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -21,6 +24,28 @@ from torch import Tensor
 from .interface import attention_sink
 from .masks import constant
 from .merge import merge_attention
+
+TILE = 64  # keys of a tile of the portable backward, or few more or fewer
+KEY_TILES = 32  # of a call; times 8 key heads they are two programs for each SM of an H100
+
+
+class WindowRows(NamedTuple):
+    """The part of a tree in which branches see their prompts through a window, as a dense call.
+
+    Its keys, the ends of all prompts, are few. To keep a card busy in the backward, which loops over the queries of a
+    tile of keys, the queries are cut into chunks, a batch whose rows all have these keys.
+
+    Attributes:
+        rows: int64 (M,), the rows of branches whose window reaches into the prompt.
+        padded: the same and more, (chunks * rows of a chunk,).
+        tails: int64 (K,), the prompts' rows that they see.
+        key_ranges: int32 (chunks, rows of a chunk, 2), which of ``tails`` each of ``padded`` sees; padding none.
+    """
+
+    rows: Tensor
+    padded: Tensor
+    tails: Tensor
+    key_ranges: Tensor
 
 
 class SharedPrefixes:
@@ -58,20 +83,20 @@ class SharedPrefixes:
                 )
         self.total = sum(self.lengths)
         self._starts = (0, *accumulate(self.lengths))
+        self._groups: list[tuple[int, int, list[int]]] = []  # first row and length of a prompt, and its branches
+        for segment, prefix in enumerate(self.prefix_of):
+            if prefix == -1:
+                self._groups.append((self._starts[segment], self.lengths[segment], []))
+            else:
+                self._groups[-1][2].append(segment)
+        self._longest = max(p + max((self.lengths[s] for s in branches), default=0) for _, p, branches in self._groups)
         self._derived: dict[tuple, object] = {}
+
+    def __reduce__(self):  # without what was derived of it
+        return SharedPrefixes, (self.lengths, self.prefix_of)
 
     def __repr__(self) -> str:
         return f"SharedPrefixes(lengths={self.lengths}, prefix_of={self.prefix_of})"
-
-    def _groups(self) -> list[tuple[int, int, list[int]]]:
-        """First row and length of each prompt, and its branches."""
-        found = []
-        for segment, prefix in enumerate(self.prefix_of):
-            if prefix == -1:
-                found.append((self._starts[segment], self.lengths[segment], []))
-            else:
-                found[-1][2].append(segment)
-        return found
 
     def position_ids(self, device: torch.device | str | None = None) -> Tensor:
         """int64 (1, total): every row's position in its own sample, which a model's rotary embedding needs."""
@@ -108,8 +133,7 @@ class SharedPrefixes:
 
     def reach(self, left: int) -> int:
         """``left``; -1 if no row of any sample is so far from its first that a window of it hides anything."""
-        longest = max(p + max((self.lengths[s] for s in branches), default=0) for _, p, branches in self._groups())
-        return -1 if left >= longest - 1 else left
+        return -1 if left >= self._longest - 1 else left
 
     def branch_cuts(self, device: torch.device) -> tuple[Tensor, Tensor] | None:
         """cu_seqlens of queries and of keys under which all branches of a group see their prompt, and prompts nothing;
@@ -117,7 +141,7 @@ class SharedPrefixes:
 
         def derive():
             cuts_q, cuts_k, seen = [0], [0], False
-            for _, prompt, branches in self._groups():
+            for _, prompt, branches in self._groups:
                 rows = sum(self.lengths[s] for s in branches)
                 cuts_q += [prompt, rows, 0]
                 cuts_k += [0, prompt, rows]
@@ -126,40 +150,39 @@ class SharedPrefixes:
 
         return self.once(("branches", device), derive)
 
-    def window_rows(self, left: int, device: torch.device) -> tuple[Tensor, Tensor, Tensor, Tensor] | None:
-        """The rows of branches whose window reaches into the prompt; None if there are none.
-
-        Returns:
-            rows int64 (M,); cu_seqlens of these rows and of the keys, under which they see their prompt; and key_ranges
-            (M, 2), how much of it.
-        """
+    def window_rows(self, left: int, device: torch.device) -> WindowRows | None:
+        """What the branches see of their prompts through a window; None if nothing."""
 
         def derive():
-            rows, ranges, cuts_q, cuts_k = [], [], [0], [0]
-            for start, prompt, branches in self._groups():
-                reaching = 0
+            rows, tails, ranges, n_tails = [], [], [], 0
+            for start, prompt, branches in self._groups:
+                reach = min(left, prompt)
+                tails.append(start + prompt - reach + torch.arange(reach))
                 for s in branches:
                     t = torch.arange(min(self.lengths[s], left) if prompt else 0)
                     rows.append(self._starts[s] + t)
-                    first = start + (prompt + t - left).clamp_min(0)
-                    ranges.append(torch.stack([first, torch.full_like(first, start + prompt)], -1))
-                    reaching += len(t)
-                cuts_q += [reaching, 0]
-                cuts_k += [prompt, sum(self.lengths[s] for s in branches)]
-            if cuts_q == [0] * len(cuts_q):
+                    first = n_tails + (reach + t - left).clamp_min(0)
+                    ranges.append(torch.stack([first, torch.full_like(first, n_tails + reach)], -1))
+                n_tails += reach
+            if not any(map(len, rows)):
                 return None
-            cuts = (_int32(accumulate(cuts), device) for cuts in (cuts_q, cuts_k))
-            return torch.cat(rows).to(device), *cuts, torch.cat(ranges).to(device, torch.int32)
+            rows, tails, ranges = torch.cat(rows), torch.cat(tails), torch.cat(ranges)
+            chunks = min(max(KEY_TILES // -(-n_tails // TILE), 1), -(-len(rows) // TILE))
+            padding = -len(rows) % chunks
+            padded = torch.nn.functional.pad(rows, (0, padding))
+            ranges = torch.nn.functional.pad(ranges, (0, 0, 0, padding)).view(chunks, -1, 2)
+            return WindowRows(rows.to(device), padded.to(device), tails.to(device), ranges.to(device, torch.int32))
 
         return self.once(("window", left, device), derive)
 
 
 def _int(value) -> int:
-    if isinstance(value, bool) or not isinstance(value, int):
-        if isinstance(value, Tensor) and value.dim() == 0 and not value.is_floating_point():
-            return int(value)
-        raise TypeError(f"lengths and prefix_of must be ints, got {type(value).__name__}")
-    return value
+    try:
+        if not isinstance(value, bool):
+            return operator.index(value)
+    except TypeError:
+        pass
+    raise TypeError(f"lengths and prefix_of must be ints, got {type(value).__name__}")
 
 
 def _int32(values, device) -> Tensor:
@@ -182,7 +205,7 @@ def shared_prefix_attention(
 ) -> Tensor | tuple[Tensor, Tensor]:
     """Causal attention of samples that share prompts, equal to that of the samples one by one.
 
-    Differentiable in q, k, v, sinks and through lse. No key is copied.
+    Differentiable in q, k, v, sinks and through lse. No key is copied for a branch.
 
     Args:
         q: (T, Hq, D), T = ``tree.total``. k: (T, Hkv, D). v: (T, Hkv, Dv). Positions are already in q and k: those of
@@ -222,11 +245,13 @@ def shared_prefix_attention(
     else:
         found = tree.window_rows(left, device)
         if found is not None:
-            rows, cu_q, cu_k, ranges = found
+            rows, chunks, n = found.rows, found.key_ranges.shape[0], found.rows.shape[0]
+            parts = (x.index_select(0, found.tails).expand(chunks, -1, -1, -1) for x in (k, v))
             prompt = attention_sink(
-                q.index_select(0, rows), k, v, causal=False, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_ranges=ranges,
-                **options,
+                q.index_select(0, found.padded).unflatten(0, (chunks, -1)), *parts, causal=False,
+                key_ranges=found.key_ranges, **options,
             )  # fmt: skip
+            prompt = prompt[0].flatten(0, 1)[:n], prompt[1].transpose(0, 1).flatten(1)[:, :n]
             own = out.index_select(0, rows), lse.index_select(1, rows)
             merged = merge_attention((own[0], prompt[0]), (own[1], prompt[1]))
             out, lse = out.index_copy(0, rows, merged[0]), lse.index_copy(1, rows, merged[1])
