@@ -7,6 +7,7 @@ of every layer. The two honour what stands here, or refuse it with a sentence th
 sinks               ``s_aux`` or ``sinks`` (Hq,), one logit per head; per-token sinks are refused
 causality, window   as the mask function was asked, like eager attention; if the model called none, ``is_causal`` (else
                     the module's) and ``sliding_window``; aligned to the end of the cache
+blocks              inside a causal mask, of tokens that see each other (images, prefixes); without past keys
 packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, else ``position_ids`` if Sq == Sk, cut
                     where they do not rise by 1; also with a padding mask
 padding             2-D masks, left, right or between; integers above 1 number the samples
@@ -15,8 +16,8 @@ softcap, scaling    used
 shared prompts      ``shared_prefixes``: a ``SharedPrefixes``; one row, no padding, no cache, no sequence parallelism
 continuous batches  of transformers' paged cache: ``cu_seq_lens_q/k``, or ``block_table``, ``k_cache`` and ``v_cache``
 sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
-refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
-                    sliding window, layers with keys that their mask was not made for, ring attention, and any keyword
+refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond these,
+                    layers with keys that their mask was not made for, ring attention, and any keyword
                     not known to leave the mathematics alone (``IGNORED_KEYWORDS``; add a name to it if yours does)
 ==================  ==================================================================================================
 
@@ -170,6 +171,9 @@ def attention_forward(
     else:
         cu_q, cu_k = _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
         key_padding_mask = seqused_k = None
+    key_ranges = mask.key_ranges(cu_q is not None, q.device)
+    if key_ranges is not None:  # which hold causality and window
+        options |= dict(causal=False, window_size=(-1, -1), key_ranges=key_ranges)
     if cu_q is not None:
         packed = (x.flatten(0, 1) for x in (q, k, v))
         options |= dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_padding_mask=key_padding_mask)
@@ -181,7 +185,8 @@ def attention_forward(
 
 def _continuous_batch(module, query, key, value, mask: ForwardMask, cu_q, cu_k, cached: dict, **options) -> Tensor:
     """Attention of a row of requests. The mask says which keys beside its own a query sees; cu_seq_lens the rest."""
-    if not mask.causal or mask.real is not None:
+    mask.check_blocks()
+    if not mask.causal or mask.real is not None or mask.blocks is not None:
         raise ValueError("attention_mask must be None in continuous batching, and the layers causal: use generate()")
     mask.forward.used = True
     return batch_attention(module, query, key, value, cu_q, cu_k, cached, window_size=mask.window, **options)

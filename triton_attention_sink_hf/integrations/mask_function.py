@@ -34,8 +34,8 @@ def attention_mask(
         q_length: queries, at positions ``q_offset`` and on (a tensor for static caches).
         kv_length: key slots, at positions ``kv_offset`` and on.
         cache_position: (q_length,), in place of q_length and q_offset in transformers 4.57.
-        mask_function: transformers' description of the pattern; all but causal, bidirectional, sliding and packed are
-            refused.
+        mask_function: transformers' description of the pattern; all but causal, bidirectional, sliding, packed and
+            blocks (images, prefixes) are refused.
         attention_mask: 2-D padding mask over all positions so far, nonzero = real; or what an earlier call returned.
 
     Raises:
@@ -89,7 +89,7 @@ def attention_mask(
         arguments={name: value for name, value in arguments.items() if value is not None},
     )
     if blocks is not None:
-        mask.refuse_blocks(blocks)
+        mask.set_blocks(blocks[:, :kv_length])
     mask.forward.masks += 1
     kinds = getattr(kwargs.get("config"), "layer_types", None) or (None,)
     if mask.forward.masks >= len(set(kinds)) and not (real is not None and is_recorded(real)):

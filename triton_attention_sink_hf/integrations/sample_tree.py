@@ -34,8 +34,8 @@ def tree_attention(
             raise ValueError(f"{name} must be None where shared_prefixes is given, got a tensor")
     if isinstance(given["attention_mask"], Tensor) or mask.sample_ids is not None or mask.padding() != NO_PADDING:
         raise ValueError("attention_mask must be None or without padding where shared_prefixes is given, got a mask")
-    if not mask.causal or mask.window[1] > 0:
-        raise ValueError("shared_prefixes must be None for layers that are not causal, got a tree")
+    if not mask.causal or mask.window[1] > 0 or mask.blocks is not None:
+        raise ValueError("shared_prefixes must be None for layers that are not causal, and beside images, got a tree")
     if q.shape[:2] != (1, tree.total) or k.shape[:2] != (1, tree.total):
         raise ValueError(
             f"shared_prefixes must be of one row of the layer's tokens without a cache, got total {tree.total} for "
