@@ -156,6 +156,23 @@ def test_blocks_are_one_interval_a_query(window):
 
 
 @needs_blocks
+def test_a_window_that_hides_a_part_of_a_block():
+    """As transformers 5.24 has it in Gemma 3's sliding layers, built by hand."""
+    blocks = masking_utils.blockwise_overlay(torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1]]))
+    pattern = masking_utils.or_masks(CAUSAL, blocks)
+    pattern = masking_utils.and_masks(pattern, masking_utils.sliding_window_overlay(3))
+    mask = attention_mask(1, 8, 8, mask_function=pattern, use_vmap=True)
+    found = key_ranges_of_blocks(mask.blocks, 2, windowed=True)
+    assert torch.equal(mask.key_ranges(False, torch.device("cpu")), found)
+    index = torch.arange(8)
+    want = pattern(torch.zeros((), dtype=torch.int64), None, index[:, None], index[None])
+    assert torch.equal(dense_of(found)[0], want)
+    for other in (masking_utils.and_masks(pattern, CAUSAL), masking_utils.or_masks(CAUSAL, lambda *x: True), CAUSAL):
+        with pytest.raises(ValueError, match="a mask function of the user's"):
+            attention_mask(1, 8, 8, mask_function=other, use_vmap=True)
+
+
+@needs_blocks
 def test_blocks_that_are_not_served():
     assert block_mask([[-1] * 8]).key_ranges(False, torch.device("cpu")) is None
     with pytest.raises(ValueError, match="of which one lies in two places of a row"):

@@ -24,9 +24,9 @@ def kind_of_blocks(blocks: Tensor) -> Tensor:
     return inside.any().int() + scattered.int()
 
 
-def key_ranges_of_blocks(blocks: Tensor, left: int) -> Tensor:
+def key_ranges_of_blocks(blocks: Tensor, left: int, windowed: bool = False) -> Tensor:
     """int32 (B, S, 2): the keys [first, last) that each token of a causal row sees, with ``left`` keys before it (-1 =
-    all) and all of its block."""
+    all) and all of its block, or if ``windowed`` the block's keys from its window on."""
     seqlen = blocks.shape[1]
     place = torch.arange(seqlen, device=blocks.device).expand(blocks.shape)
     begins = _begins(blocks)
@@ -35,7 +35,8 @@ def key_ranges_of_blocks(blocks: Tensor, left: int) -> Tensor:
     end = torch.nn.functional.pad(next_start[:, 1:], (0, 1), value=seqlen)
     first = torch.zeros_like(place) if left < 0 else (place - left).clamp_min(0)
     inside = blocks >= 0
-    first = torch.where(inside, torch.minimum(first, start), first)
+    if not windowed:
+        first = torch.where(inside, torch.minimum(first, start), first)
     last = torch.where(inside, end, place + 1)
     return torch.stack([first, last], -1).to(torch.int32)
 

@@ -132,6 +132,7 @@ class ForwardMask:
         self.real, self.sample_ids, self.cuts, self.used = real, sample_ids, cuts, used
         self.group, self.has_group, self.from_mask_function = group, has_group, arguments is not None
         self.blocks: Tensor | None = None
+        self._windowed = False
         self.forward = Forward() if forward is None else forward
         self._arguments = arguments
         self._dense: Tensor | None = None
@@ -148,11 +149,14 @@ class ForwardMask:
             runs = (cuts_at_changes(real) & real).sum(1) + real[:, 0]
             self._padding = self.forward.ask((~real.all()).int() + (runs > 1).any().int())
 
-    def set_blocks(self, blocks: Tensor) -> None:
+    def set_blocks(self, blocks: Tensor, windowed: bool = False) -> None:
         """Let the tokens of each block, numbered in ``blocks`` (B, Sk) from 0 on, see each other; negative = none.
+
+        ``windowed``: as far as the window reaches to the left.
 
         Blocks that are not served are refused as soon as their numbers may be read, here or by the first layer.
         """
+        self._windowed = windowed
         self.blocks = blocks if self.real is None else blocks.masked_fill(~self.real.to(blocks.device), -1)
         self._kind = self.forward.ask(kind_of_blocks(self.blocks))
         if blocks.device.type == "cpu":
@@ -181,7 +185,7 @@ class ForwardMask:
             return None
 
         def derive():
-            ranges = key_ranges_of_blocks(self.blocks.to(device), self.window[0])
+            ranges = key_ranges_of_blocks(self.blocks.to(device), self.window[0], self._windowed)
             if packed:
                 rows = torch.arange(ranges.shape[0], device=device, dtype=torch.int32) * ranges.shape[1]
                 ranges = (ranges + rows[:, None, None]).flatten(0, 1)
