@@ -50,6 +50,14 @@ CASES = {
     "fp32 medium": Case(1024, heads=(32, 8), head_dim=128, dtype=FP32, sinks=None),
     "fp32 wide": Case(1024, heads=(16, 4), head_dim=256, dtype=FP32, padding="left", softcap=9.0, dlse=True),
     "fp32 huge": Case(1024, heads=(64, 1), head_dim=512, dtype=FP32, lengths_q=LENGTHS, dlse=True),
+    "narrow ranges": Case(1024, heads=(64, 8), head_dim=64, dtype=BF16, causal=False, ranges="blocks"),
+    "medium packed ranges": Case(
+        1024, heads=(32, 8), head_dim=128, dtype=BF16, causal=False, ranges="random", lengths_q=LENGTHS
+    ),
+    "wide packed ranges": Case(
+        1024, heads=(16, 4), head_dim=256, dtype=BF16, causal=False, ranges="random", lengths_q=LENGTHS
+    ),
+    "fp32 medium ranges": Case(1024, heads=(32, 8), head_dim=128, dtype=FP32, causal=False, ranges="blocks"),
     "narrow decode": Case(1, 8192, heads=(16, 2), head_dim=64, dtype=BF16, used=(8000,)),
     "medium decode": Case(4, 8192, heads=(32, 8), head_dim=128, dtype=BF16, window=(4000, 0)),
     "wide decode softcap": Case(1, 8192, heads=(14, 2), head_dim=256, dtype=BF16, padding="left", softcap=9.0),

@@ -22,6 +22,7 @@ Written by `python tests/model_support.py --json benchmarks/results/models.json 
 TAIL = """
 - **learned sinks**: the model's own, or those of `attach_learned_sinks`. **constant sink**: `attention_sink: 0.5` in
   the model's config, `learned+0.5` beside sinks of its own ([the key](API.md#kinds-of-sinks)).
+- **images, prefix**: tokens that see each other in both directions inside the causal mask, by `key_ranges`.
 - **packed rows** by `position_ids` that restart. Where a model tells them neither to its mask nor to its layers, pass
   `cu_seq_lens_q` and `cu_seq_lens_k`; without them the samples mix, as with eager.
 - **DeepSeek-V4**: its compressor tells a dense mask alone which queries see which compressed keys. Models of sliding
@@ -29,8 +30,7 @@ TAIL = """
 - **HY-V4**, DeepSeek-V3.2 and others with an indexer: while a row has at most `config.index_topk` tokens the indexer
   chooses every key, and attention is dense. Longer rows are refused.
 - **Inkling-2**: its sinks by token are served; the position bias that depends on the query is not.
-- **Images and prefixes** of tokens that see each other in both directions are refused; the same models are served on
-  text alone. So are T5Gemma's packed rows by `position_ids`, whose `cu_seq_lens` its encoder would take for its own.
+- **T5Gemma**: packed rows by `position_ids`; its encoder would take the decoder's `cu_seq_lens` for its own.
 """
 LACKS = ("no window", "no blocks of tokens", "does not generate", "no gradient checkpointing")
 

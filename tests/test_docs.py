@@ -67,7 +67,8 @@ def api_section(number: int) -> str:
 @pytest.mark.parametrize(
     ("section", "function"),
     [
-        (1, package.attention_sink),
+        (1, package.attention_sink), (1, package.merge_attention), (1, package.first_keys_attention),
+        (1, package.shared_prefix_attention),
         (3, package.flash_attn_func), (3, package.flash_attn_varlen_func), (3, package.flash_attn_with_kvcache),
         (4, package.sequence_parallel),
         (5, attention_forward),

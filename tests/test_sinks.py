@@ -114,6 +114,29 @@ def test_every_kind_in_packed_rows_and_under_a_window(kind):
     assert_equal_with_gradients(out, plain(*leaves[:3], *columns, visible=visible[:, None]), leaves)
 
 
+@pytest.mark.parametrize("kind", ["nothing", "constant in words", "both", "by token and constant"])
+def test_first_keys_beside_a_window_and_other_sinks(kind):
+    """Of each packed sample; layers without a window see them anyway."""
+    value, passed, attributes, columns = KINDS[kind]
+    leaves = inputs() + [x for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
+    i = torch.arange(9)
+    segments = (positions == 0).cumsum(-1)
+    near = (i[:, None] - i < 3) | (positions[:, None] < 2)
+    visible = (segments[:, :, None] == segments[:, None]) & (i[:, None] >= i) & near
+    module = layer("first:2" if value is None else f"{value}+first:2", **attributes)
+    out, _ = attention_forward(module, *leaves[:3], None, position_ids=positions, sliding_window=3, **passed)
+    assert_equal_with_gradients(out, plain(*leaves[:3], *columns, visible=visible[:, None]), leaves)
+    full, _ = attention_forward(module, *leaves[:3], None, **passed)
+    assert_equal_with_gradients(full, plain(*leaves[:3], *columns), leaves)
+
+
+def test_first_keys_need_all_keys():
+    q, k, v = inputs()
+    with pytest.raises(ValueError, match="must be without 'first:N' for a cache, whose sliding layers"):
+        attention_forward(layer("first:2"), q[:, :, -1:], k, v, None, sliding_window=3)
+
+
 def test_the_last_dimension_of_sinks_by_token_may_be_written_out():
     q, k, v = inputs()
     by_token = attention_forward(layer(), q, k, v, None, sinks=BY_TOKEN)[0]
@@ -122,7 +145,9 @@ def test_the_last_dimension_of_sinks_by_token_may_be_written_out():
 
 WRONG = [
     ("off by one", {}, ValueError, "attention_sink must be a finite number (0 = off-by-one softmax), 'learned'"),
-    ("first:4", {}, ValueError, "got 'first:4'"),
+    ("first:-4", {}, ValueError, "got 'first:-4'"),
+    ("first:4", {"s_aux": BY_HEAD}, ValueError, "attention_sink must be 'learned' or 'learned+first:4' for"),
+    ("first:2", {"sliding_window": 3, "is_causal": False}, ValueError, "must be without 'first:N' for layers that are"),
     (float("inf"), {}, ValueError, "got inf"),
     ("learned+nan", {}, ValueError, "got 'learned+nan'"),
     ("learned+", {}, ValueError, "got 'learned+'"),
@@ -143,7 +168,7 @@ def test_what_cannot_be_meant_is_refused(value, passed, error, message):
 
 
 def test_numbers_that_hash_alike_are_told_apart():
-    assert parse(1) == parse(1.0) == (False, 1.0)
+    assert parse(1) == parse(1.0) == (False, 1.0, 0)
     with pytest.raises(TypeError, match="got bool True"):
         parse(True)
 

@@ -107,6 +107,21 @@ CASES = {
         "key_padding_mask must be None where block_table is given",
     ),
     "used of three": (ValueError, {"seqused_k": _ints(1, 1, 1)}, r"seqused_k must be \(B,\) = \(2,\), got \(3,\)"),
+    "ranges int64": (
+        TypeError,
+        {"key_ranges": torch.zeros(B, S, 2, dtype=torch.int64)},
+        "key_ranges must be torch.int32, got torch.int64",
+    ),
+    "ranges shape": (
+        ValueError,
+        {"key_ranges": torch.zeros(S, 2, dtype=INT)},
+        r"key_ranges must be \(B, Sq, 2\) = \(2, 6, 2\), got \(6, 2\)",
+    ),
+    "packed ranges": (
+        ValueError,
+        _packed(key_ranges=torch.zeros(1, 12, 2, dtype=INT)),
+        r"key_ranges must be \(Tq, 2\) = \(12, 2\), got \(1, 12, 2\)",
+    ),
     # packed rows
     "one cu_seqlens": (ValueError, _packed(cu_seqlens_k=None), "cu_seqlens_k must be given when the other"),
     "cu int64": (

@@ -54,6 +54,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
     implementation: str = ...,
@@ -77,6 +78,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[True],
     implementation: str = ...,
@@ -100,6 +102,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: bool,
     implementation: str = ...,
@@ -122,6 +125,7 @@ def attention_sink(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
@@ -151,6 +155,9 @@ def attention_sink(
         leftpad_k: int32 (B,), hidden slots at the start of a cache, which count in seqused_k and in positions.
         block_table: int32 (B, n): k (pages, page size, Hkv, D) and v are pages, and these are each row's, in order.
             Entries for pages without a key in use may hold anything.
+        key_ranges: int32 (B, Sq, 2), or packed (Tq, 2): the keys [first, last) that each query may see of those that
+            causality, window, segments and padding leave it. Rows of k (packed: of the whole packed k; with a
+            block_table: slots), clamped to those there are. Any order; an empty range sees nothing.
         deterministic: None follows ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, (B, Hq, Sq) or packed (Hq, Tq), fp32, natural log, sink included.
         implementation: "auto" (the fastest that supports the call) or a name, which then runs or raises.
@@ -164,7 +171,7 @@ def attention_sink(
     q, k, v = follow_autocast(q, k, v)
     sinks, token_sinks = _split_sinks(sinks)
     tensors = (
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     check_token_sinks(token_sinks, call)
@@ -173,8 +180,8 @@ def attention_sink(
         return attention_sink(
             q, k, v, sinks if token_sinks is None else token_sinks,
             causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-            key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
-            implementation=implementation,
+            key_padding_mask=key_padding_mask, seqused_k=seqused_k, key_ranges=key_ranges, deterministic=deterministic,
+            return_lse=return_lse, implementation=implementation,
         )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
@@ -212,13 +219,14 @@ def explain(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
     """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
     q, k, v = follow_autocast(q, k, v)
     sinks, token_sinks = _split_sinks(sinks)
     tensors = (
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
     check_token_sinks(token_sinks, call)
@@ -261,6 +269,8 @@ def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_
         call.q, call.k, call.v = call.q.unsqueeze(0), call.k.unsqueeze(0), call.v.unsqueeze(0)
         if mask.key_padding_mask is not None:
             mask.key_padding_mask = mask.key_padding_mask.unsqueeze(0)
+        if mask.key_ranges is not None:
+            mask.key_ranges = mask.key_ranges.unsqueeze(0)
     return call
 
 

@@ -40,7 +40,9 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
 
     ``call``: packed rows without a batch dimension. ``max_seqlens``: of queries and keys.
     """
-    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table = call.tensors()
+    (
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
+    ) = call.tensors()  # fmt: skip
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     check_qkv(q, k, v, packed, paged=block_table is not None)
     device = q.device
@@ -70,6 +72,13 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
             swapped = not packed and tuple(key_padding_mask.shape) == (k.shape[0], k.shape[2])
             hint = _layout_hint(q, k) if swapped else ""
             raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}{hint}")
+    if key_ranges is not None:
+        _check_tensor("key_ranges", key_ranges, device)
+        if key_ranges.dtype != torch.int32:
+            raise TypeError(f"key_ranges must be torch.int32, got {key_ranges.dtype}")
+        if key_ranges.shape != (*q.shape[:-2], 2):
+            wanted = "(Tq, 2)" if packed else "(B, Sq, 2)"
+            raise ValueError(f"key_ranges must be {wanted} = {(*q.shape[:-2], 2)}, got {tuple(key_ranges.shape)}")
     for name, lengths in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
         if lengths is None:
             continue

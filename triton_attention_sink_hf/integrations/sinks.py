@@ -5,6 +5,8 @@ absent, None    what the model passes: one logit per head, one per token, or non
 a number c      a constant logit c for every head; 0 is off-by-one softmax. Refused for layers that have sinks
 "learned"       the model's own, or those of ``attach_learned_sinks``. Refused for layers that have none
 "learned+c"     both, in one logit: logaddexp(learned, c)
+"first:n"       the first n keys of a row or packed sample, beside the window of layers that have one (StreamingLLM);
+                alone or behind the others: "learned+first:4", "0.0+first:4"
 ==============  ======================================================================================================
 
 The value is a number or a short string: verl's ``override_config`` sets it in one line, transformers saves it in
@@ -22,11 +24,11 @@ from torch import Tensor
 from ..call import traced
 from ..tracing import constant_result
 
-KEY, LEARNED = "attention_sink", "learned"
+KEY, LEARNED, FIRST = "attention_sink", "learned", "first:"
 
 
-def layer_sinks(module, query: Tensor, s_aux: Tensor | None, sinks: Tensor | None) -> Tensor | None:
-    """The sinks of one layer: (Hq,), one per head; (B, Hq, Sq), one per token; or None.
+def layer_sinks(module, query: Tensor, s_aux: Tensor | None, sinks: Tensor | None) -> tuple[Tensor | None, int]:
+    """The sinks of one layer: (Hq,), one per head; (B, Hq, Sq), one per token; or None. And the number of first keys.
 
     Args:
         module: the layer; its ``config`` and ``sinks`` are read.
@@ -44,45 +46,56 @@ def layer_sinks(module, query: Tensor, s_aux: Tensor | None, sinks: Tensor | Non
             raise ValueError(
                 f"{name} must be the sinks that {type(module).__name__} owns, got None: they would be ignored"
             )
-        return _shaped(name, given, query)
-    learned, constant = parse(value)
+        return _shaped(name, given, query), 0
+    learned, constant, first = parse(value)
     if given is None and learned:
         name, given = "sinks", _own(module, value)
     if given is not None and not learned:
         raise ValueError(
-            f"{KEY} must be '{LEARNED}' or '{LEARNED}+{constant}' for {type(module).__name__}, which has sinks of its "
+            f"{KEY} must be '{LEARNED}' or '{LEARNED}+{value}' for {type(module).__name__}, which has sinks of its "
             f"own, got {value!r}"
         )
     given = _shaped(name, given, query)
     if constant is None:
-        return given
+        return given, first
     every = _constant(constant, query)
     if given is None:
-        return every
+        return every, first
     every = every if given.dim() == 1 else every[:, None]
-    return torch.logaddexp(given.to(torch.promote_types(given.dtype, torch.float32)), every.to(given.device))
+    given = given.to(torch.promote_types(given.dtype, torch.float32))
+    return torch.logaddexp(given, every.to(given.device)), first
 
 
 @constant_result
-def parse(value: object) -> tuple[bool, float | None]:
-    """(whether there are learned sinks, the constant logit or None) of a value of the key.
+def parse(value: object) -> tuple[bool, float | None, int]:
+    """(whether there are learned sinks, the constant logit or None, the first keys) of a value of the key.
 
     Raises:
         TypeError: neither a number nor a string. ValueError: not one of the forms above.
     """
-    return _parse(value) if isinstance(value, str) else (False, _number(value, value))
+    return _parse(value) if isinstance(value, str) else (False, _number(value, value), 0)
 
 
 @functools.lru_cache
-def _parse(value: str) -> tuple[bool, float | None]:
-    first, plus, rest = value.partition("+")
-    if first.strip() != LEARNED:
-        return False, _number(value, value)
-    return True, _number(rest, value) if plus else None
+def _parse(value: str) -> tuple[bool, float | None, int]:
+    rest, first = value, 0
+    head, _, last = value.rpartition("+")
+    if last.strip().startswith(FIRST) and last.strip().removeprefix(FIRST).isdecimal():
+        first = int(last.strip().removeprefix(FIRST))
+        if not head.strip():
+            return False, None, first
+        rest = head
+    learned, plus, number = rest.partition("+")
+    if learned.strip() != LEARNED:
+        return False, _number(rest, value), first
+    return True, _number(number, value) if plus else None, first
 
 
 def _number(text: object, value: object) -> float:
-    must = f"{KEY} must be a finite number (0 = off-by-one softmax), '{LEARNED}' or '{LEARNED}+' and a number"
+    must = (
+        f"{KEY} must be a finite number (0 = off-by-one softmax), '{LEARNED}', '{LEARNED}+' and a number, or "
+        f"'{FIRST}N', alone or behind '+'"
+    )
     if isinstance(text, bool) or not isinstance(text, (int, float, str)):
         raise TypeError(f"{must}, got {type(value).__name__} {value!r}")
     try:

@@ -32,6 +32,8 @@ def supports(call: Call) -> str | None:
         return "FlashAttention-4 has no operator that torch.compile and dispatch modes could trace"
     if call.block_table is not None or mask.leftpad_k is not None:
         return "only triton_decode reads block_table and leftpad_k; the others are given a gathered cache and a mask"
+    if mask.key_ranges is not None:
+        return "only the portable triton kernels and the reference take key_ranges"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
         return "FlashAttention-4 is called here without key_padding_mask and seqused_k"
     if call.softmax_scale <= 0.0:

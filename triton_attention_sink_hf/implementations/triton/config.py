@@ -137,6 +137,8 @@ def _config(kernel: str, problem) -> KernelConfig:
     overrides = _OVERRIDES.get(problem.target, {}).get(kernel, {})
     if problem.target == "sm90" and problem.call.softcap > 0.0:
         overrides = {}  # these tiles leave no registers for a softcap
+    if problem.target == "sm90" and kernel == "dkv" and name != "narrow" and problem.call.mask.key_ranges is not None:
+        overrides = {}  # nor these for the ranges of a tile's queries
     return overrides.get(name, _DEFAULT[kernel][name])
 
 

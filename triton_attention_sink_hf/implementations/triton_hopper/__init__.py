@@ -28,6 +28,8 @@ def supports(call: Call) -> str | None:
         return f"the Hopper kernels need {TARGETS[0]}, got {target}"
     if call.deterministic and _fused(call):
         return "the Hopper kernels add dq in no fixed order, and deterministic gradients were asked for"
+    if mask.key_ranges is not None:
+        return "only the portable triton kernels and the reference take key_ranges"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
         return "the Hopper kernels take neither key_padding_mask nor seqused_k"
     if call.softcap > 0.0 or call.softmax_scale <= 0.0:
