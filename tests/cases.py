@@ -18,6 +18,8 @@ class Case:
     Attributes:
         padding: "left", "right" or "holes": which keys of each batch row are not real.
         used: keys in use per batch row (``seqused_k``).
+        ranges: ``key_ranges``. "random": any, some empty, some past the keys. "blocks": causal, but 7 tokens of every
+            20 see each other; "prefix": causal, but all see the first third; both for Sq = Sk and causal=False.
         sinks: the head's logits run from -10 to 20; "frozen" ones get no gradient, None is no sink.
         dlse: lse takes part in the loss.
         layout: memory of q, k, v and dout: "bshd", "bhsd" (transposed views), "sliced" (every second row and column
@@ -36,6 +38,7 @@ class Case:
     lengths_k: tuple[int, ...] | None = None
     padding: str | None = None
     used: tuple[int, ...] | None = None
+    ranges: str | None = None
     softmax_scale: float | None = None
     softcap: float = 0.0
     sinks: str | None = "learned"
@@ -107,6 +110,7 @@ def make_inputs(case: Case, device: str = "cpu", seed: int = 0) -> Inputs:
 def short_window(case: Case) -> bool:
     """Whether the window kernels serve ``case`` too."""
     plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.lengths_k is None
+    plain = plain and case.ranges is None
     short = case.causal and 0 <= case.window[0] <= 128
     dims = all(size % 8 == 0 and 16 <= size <= 128 for size in case.dims)
     return plain and short and dims and case.dtype in (torch.bfloat16, torch.float16)
@@ -115,7 +119,8 @@ def short_window(case: Case) -> bool:
 def hopper(case: Case) -> bool:
     """Whether the Hopper kernels serve ``case`` on their card."""
     plain = case.padding is None and case.used is None and case.softcap == 0.0 and case.scale > 0.0
-    dims = max(case.dims) > 32 and all(size % 8 == 0 for size in case.dims)
+    plain = plain and case.ranges is None
+    dims = 32 < max(case.dims) <= 256 and all(size % 8 == 0 for size in case.dims)
     return plain and dims and case.layout in ("bshd", "bhsd") and case.dtype != torch.float32
 
 
@@ -139,7 +144,22 @@ def _mask(case: Case, seqlen_k: int, device: str) -> Mask:
         }[case.padding]
     if case.used is not None:
         used = torch.tensor(case.used, dtype=torch.int32, device=device)
-    return Mask(case.window[0], 0 if case.causal else case.window[1], cu_q, cu_k, padding, used)
+    ranges = None if case.ranges is None else _key_ranges(case, seqlen_k, device)
+    return Mask(case.window[0], 0 if case.causal else case.window[1], cu_q, cu_k, padding, used, key_ranges=ranges)
+
+
+def _key_ranges(case: Case, seqlen_k: int, device: str) -> Tensor:
+    """int32 (B, Sq, 2)"""
+    i = torch.arange(case.seqlen_q, device=device).expand(case.batch, case.seqlen_q)
+    if case.ranges == "random":
+        generator = torch.Generator().manual_seed(5)
+        ends = torch.randint(-9, seqlen_k + 9, (case.batch, case.seqlen_q, 2), generator=generator).sort(-1).values
+        ends[:, ::5] = ends[:, ::5].flip(-1)  # empty
+        return ends.to(device, torch.int32)
+    last = torch.where(i % 20 < 7, i - i % 20 + 7, i + 1)
+    if case.ranges == "prefix":
+        last = (i + 1).clamp_min(seqlen_k // 3)
+    return torch.stack([torch.zeros_like(last), last], -1).to(torch.int32)
 
 
 def leaves_of(inputs: Inputs) -> list[Tensor]:
@@ -152,7 +172,7 @@ def operator_options(case: Case, inputs: Inputs) -> tuple:
     mask = inputs.mask
     return (
         mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k, mask.leftpad_k, None,
-        mask.left, mask.right, case.scale, case.softcap, True, "triton",
+        mask.key_ranges, mask.left, mask.right, case.scale, case.softcap, True, "triton",
     )  # fmt: skip
 
 
@@ -187,6 +207,7 @@ def call(
         cu_seqlens_k=mask.cu_seqlens_k,
         key_padding_mask=mask.key_padding_mask.squeeze(0) if packed and case.padding else mask.key_padding_mask,
         seqused_k=mask.seqused_k,
+        key_ranges=mask.key_ranges.squeeze(0) if packed and case.ranges else mask.key_ranges,
         deterministic=deterministic,
         return_lse=True,
         implementation=implementation,

@@ -24,7 +24,7 @@ from triton.runtime.driver import driver
 from triton_attention_sink_hf.implementations.common import problem as common_problem
 
 # Both padded to a power of two; 12 short of it, rows are no multiple of 16 bytes, so loads are narrow and without TMA.
-DIMS = (4, 16, 32, 52, 64, 116, 128, 244, 256)
+DIMS = (4, 16, 32, 52, 64, 116, 128, 244, 256, 500, 512)
 DTYPES = (torch.bfloat16, torch.float32)  # fp16 is as bf16
 FEATURES = {
     "window": {"window": (127, 0)},

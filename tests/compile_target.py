@@ -44,12 +44,25 @@ CASES = {
     "window D 40/128": Case(1024, heads=(8, 1), head_dim=(40, 128), dtype=BF16, window=(127, 0), sinks=None),
     "wide 192/128": Case(1024, heads=(64, 4), head_dim=(192, 128), dtype=BF16, window=(127, 0)),
     "wide 256 padding": Case(1024, heads=(16, 4), head_dim=256, dtype=BF16, padding="left", softcap=9.0, dlse=True),
+    "huge 512": Case(1024, heads=(64, 1), head_dim=512, dtype=BF16, window=(127, 0)),
+    "huge 320/500": Case(1024, heads=(16, 4), head_dim=(320, 500), dtype=BF16, padding="left", softcap=9.0, dlse=True),
     "fp32 narrow": Case(1024, heads=(64, 8), head_dim=64, dtype=FP32, window=(127, 0), lengths_q=LENGTHS),
     "fp32 medium": Case(1024, heads=(32, 8), head_dim=128, dtype=FP32, sinks=None),
     "fp32 wide": Case(1024, heads=(16, 4), head_dim=256, dtype=FP32, padding="left", softcap=9.0, dlse=True),
+    "fp32 huge": Case(1024, heads=(64, 1), head_dim=512, dtype=FP32, lengths_q=LENGTHS, dlse=True),
+    "narrow ranges": Case(1024, heads=(64, 8), head_dim=64, dtype=BF16, causal=False, ranges="blocks"),
+    "medium packed ranges": Case(
+        1024, heads=(32, 8), head_dim=128, dtype=BF16, causal=False, ranges="random", lengths_q=LENGTHS
+    ),
+    "wide packed ranges": Case(
+        1024, heads=(16, 4), head_dim=256, dtype=BF16, causal=False, ranges="random", lengths_q=LENGTHS
+    ),
+    "fp32 medium ranges": Case(1024, heads=(32, 8), head_dim=128, dtype=FP32, causal=False, ranges="blocks"),
     "narrow decode": Case(1, 8192, heads=(16, 2), head_dim=64, dtype=BF16, used=(8000,)),
     "medium decode": Case(4, 8192, heads=(32, 8), head_dim=128, dtype=BF16, window=(4000, 0)),
     "wide decode softcap": Case(1, 8192, heads=(14, 2), head_dim=256, dtype=BF16, padding="left", softcap=9.0),
+    "huge decode": Case(1, 8192, heads=(64, 1), head_dim=512, dtype=BF16, used=(8000,)),
+    "fp32 huge decode": Case(1, 8192, heads=(64, 1), head_dim=512, dtype=FP32, used=(8000,)),
     "one query, one key": Case(1, 1, heads=(1, 1), head_dim=16, dtype=BF16, used=(1,)),
 }
 # for the exhaustive run: features against size classes
@@ -60,9 +73,11 @@ ALL = {
         "medium",
         "wide 192/128",
         "wide 256 padding",
+        "huge 512",
         "fp32 narrow",
         "fp32 medium",
         "fp32 wide",
+        "fp32 huge",
     )
     for feature, changes in {
         "causal": {"window": (-1, -1)},

@@ -85,7 +85,7 @@ def _wide(case: Case, target: str) -> bool:
 
 
 def _decode(case: Case, target: str) -> bool:
-    return case.lengths_q is None
+    return case.lengths_q is None and case.ranges is None
 
 
 LAUNCHERS = (
@@ -135,7 +135,8 @@ def meta_call(case: Case) -> Call:
     if case.padding is not None:
         padding = torch.empty(case.batch, seqlen_k, dtype=torch.bool, device="meta")
     used = None if case.used is None else ints(case.batch)
+    ranges = None if case.ranges is None else ints((case.batch, case.seqlen_q, 2))
     sinks = None if case.sinks is None else torch.empty(heads_q, device="meta")
-    mask = Mask(case.window[0], 0 if case.causal else case.window[1], cu, cu, padding, used)
+    mask = Mask(case.window[0], 0 if case.causal else case.window[1], cu, cu, padding, used, key_ranges=ranges)
     q, k, v = tensor(case.seqlen_q, heads_q, d), tensor(seqlen_k, heads_k, d), tensor(seqlen_k, heads_k, dv)
     return Call(q, k, v, sinks, mask, case.scale, case.softcap, True)

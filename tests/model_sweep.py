@@ -378,33 +378,38 @@ def classes() -> list[str]:
     return list(names)
 
 
-def _child(name: str, pipe) -> None:
+def _child(measure, name: str, pipe, failed) -> None:
     torch.set_num_threads(1)
     warnings.filterwarnings("ignore")
     transformers.logging.set_verbosity(50)
     transformers.AttentionInterface.register(NAME, watched_attention)
     transformers.AttentionMaskInterface.register(NAME, watched_mask)
     try:
-        pipe.send(sweep_class(name))
+        pipe.send(measure(name))
     except BaseException as error:
-        pipe.send({"": {"plain": f"n/a: harness: {type(error).__name__}: {first_line(error)}"}})
+        pipe.send(failed(f"n/a: harness: {type(error).__name__}: {first_line(error)}"))
 
 
-def run_class(name: str, timeout: float) -> dict[str, dict[str, str]]:
+def run_in_process(measure, name: str, timeout: float, failed):
+    """``measure(name)`` in a process of its own, or ``failed(verdict)``."""
     context = multiprocessing.get_context("fork")
     receiver, sender = context.Pipe(duplex=False)
-    process = context.Process(target=_child, args=(name, sender))
+    process = context.Process(target=_child, args=(measure, name, sender, failed))
     process.start()
     sender.close()
     try:
         if not receiver.poll(timeout):
-            return {"": {"plain": f"n/a: takes longer than {timeout:.0f} s"}}
+            return failed(f"n/a: takes longer than {timeout:.0f} s")
         return receiver.recv()
     except EOFError:
-        return {"": {"plain": "n/a: the process died"}}
+        return failed("n/a: the process died")
     finally:
         process.kill()
         process.join()
+
+
+def run_class(name: str, timeout: float) -> dict[str, dict[str, str]]:
+    return run_in_process(sweep_class, name, timeout, lambda verdict: {"": {"plain": verdict}})
 
 
 def main() -> None:

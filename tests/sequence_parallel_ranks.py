@@ -12,7 +12,7 @@ import sys
 from collections import Counter
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType, SimpleNamespace
 
@@ -203,8 +203,8 @@ def measure(case: Case, groups: dict[int, dist.ProcessGroup]) -> dict:
     }
 
 
-def measure_function(size: int, groups: dict[int, dist.ProcessGroup]) -> dict:
-    """attention_forward itself, fp64: value heads of another dimension, cu_seq_lens_*, and a batch with a softcap."""
+def measure_function(size: int, groups: dict[int, dist.ProcessGroup], *, by_token: bool = False) -> dict:
+    """attention_forward itself, fp64: value heads of another dimension, cu_seq_lens_*, softcap, sinks ``by_token``."""
     from triton_attention_sink_hf import attention_sink, sequence_parallel
     from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward
 
@@ -215,18 +215,21 @@ def measure_function(size: int, groups: dict[int, dist.ProcessGroup]) -> dict:
     def random(*shape):
         return torch.randn(shape, generator=generator, dtype=torch.float64, requires_grad=True)
 
-    q, k, v, sinks = random(1, 8, ROW, 16), random(1, 2, ROW, 16), random(1, 2, ROW, 24), random(8)
+    q, k, v = random(1, 8, ROW, 16), random(1, 2, ROW, 16), random(1, 2, ROW, 24)
+    sinks = random(1, 8, ROW) if by_token else random(8)
     weights = random(1, ROW, 8, 24).detach()
     cu = torch.tensor([0, 13, 23, 35, 37, ROW], dtype=torch.int32)
     leaves = (q, k, v, sinks)
     packed_rows = (x.transpose(1, 2)[0] for x in (q, k, v))
-    out = attention_sink(*packed_rows, sinks, cu_seqlens_q=cu, cu_seqlens_k=cu, window_size=(4, 0), softcap=2.0)
+    packed_sinks = sinks[0] if by_token else sinks
+    out = attention_sink(*packed_rows, packed_sinks, cu_seqlens_q=cu, cu_seqlens_k=cu, window_size=(4, 0), softcap=2.0)
     true = (out.detach()[own], *torch.autograd.grad((out * weights[0]).sum(), leaves))
 
     with sequence_parallel(group):
         shards = (x[:, :, own] for x in (q, k, v))
         module = SimpleNamespace(is_causal=True, training=True)
-        options = dict(sliding_window=5, softcap=2.0, s_aux=sinks, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
+        own_sinks = sinks[:, :, own] if by_token else sinks
+        options = dict(sliding_window=5, softcap=2.0, s_aux=own_sinks, cu_seq_lens_q=cu, cu_seq_lens_k=cu)
         out, _ = attention_forward(module, *shards, **options)
         gradients = torch.autograd.grad((out * weights[:, own]).sum(), leaves)
     for gradient in gradients:
@@ -337,6 +340,7 @@ def main(out: Path) -> None:
     results = {}
     runs = [(case.name, measure, case) for case in (*EXACT, *ALONE)]
     runs += [(f"function-sp{size}", measure_function, size) for size in (2, 4)]
+    runs += [("by-token-sp4", partial(measure_function, by_token=True), 4)]
     runs += [("autocast-sp4", measure_autocast, 4)]
     hooks = {"hook": triton_attention_sink_hf.sequence_parallel, "verl": as_verl}
     runs += [(f"compiled-{name}", measure_compiled, how) for name, how in hooks.items()]

@@ -70,6 +70,16 @@ CASES = {
     "used one query": Case(1, 50, batch=8, used=(50, 1, 33, 20, 49, 13, 8, 40), window=(15, 0), heads=(8, 1)),
     "used bidirectional": Case(20, 50, batch=3, used=(50, 7, 33), causal=False, window=(3, 5)),
     "used and padding": Case(9, 50, batch=2, used=(44, 33), padding="left"),
+    # any interval of keys for each query
+    "ranges": Case(50, 70, ranges="random", heads=(2, 1), causal=False, batch=2, dlse=True),
+    "ranges causal window": Case(90, ranges="random", window=(60, 0), heads=(2, 1), head_dim=16, sinks=None),
+    "ranges blocks window": Case(110, ranges="blocks", causal=False, window=(30, -1), heads=(2, 1), head_dim=16),
+    "ranges prefix": Case(110, ranges="prefix", causal=False, heads=(4, 1), head_dim=24, dlse=True),
+    "ranges packed": Case(
+        60, 77, lengths_q=(20, 1, 0, 30), lengths_k=(5, 33, 17, 0), ranges="random", heads=(2, 1), softcap=2.0
+    ),
+    "ranges padding": Case(30, batch=2, padding="left", ranges="random", heads=(2, 1), head_dim=16),
+    "ranges used": Case(20, 50, batch=2, used=(0, 33), ranges="random", causal=False, layout="sliced", heads=(2, 1)),
     # lengths
     "Sq < Sk": Case(30, 100, heads=(2, 1)),
     "Sq > Sk": Case(100, 30, heads=(2, 1), dlse=True),
@@ -97,6 +107,9 @@ CASES = {
     "D 192/128": Case(35, heads=(4, 1), head_dim=(192, 128), window=(20, 0), dlse=True),
     "D 24/64": Case(35, heads=(2, 1), head_dim=(24, 64), padding="left"),
     "D 256/16": Case(35, heads=(2, 1), head_dim=(256, 16), lengths_q=(30, 5)),
+    "D 512": Case(20, heads=(4, 1), head_dim=512, window=(9, 0)),
+    "D 320/500": Case(35, heads=(2, 1), head_dim=(320, 500), padding="left", softcap=9.0, dlse=True),
+    "D 24/257": Case(35, heads=(2, 1), head_dim=(24, 257), lengths_q=(30, 5), causal=False, sinks=None),
     # memory layouts
     "transposed": Case(50, batch=2, layout="bhsd", dlse=True),
     "transposed packed": Case(sum(LENGTHS), lengths_q=LENGTHS, layout="bhsd"),

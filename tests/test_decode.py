@@ -56,6 +56,7 @@ CASES = {
     "D 128": Case(1, 150, heads=(8, 2), head_dim=128),
     "D 192/128": Case(1, 200, heads=(8, 1), head_dim=(192, 128)),
     "D 256": Case(2, 200, heads=(2, 1), head_dim=256),
+    "D 512": Case(2, 200, heads=(8, 1), head_dim=(512, 320)),
     "D 1": Case(1, 200, head_dim=1),
     "heads before tokens": Case(2, 150, batch=2, layout="bhsd"),
     "sliced": Case(2, 150, batch=2, layout="sliced"),

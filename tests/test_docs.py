@@ -19,7 +19,7 @@ from triton_attention_sink_hf.flash_attention_triton_sink import attention_forwa
 DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.md")
 PAGES = (
     *DOCUMENTS, "CONTRIBUTING.md", "triton_attention_sink_hf/README.md", "examples/verl/README.md",
-    "benchmarks/README.md", "benchmarks/LOG.md",
+    "benchmarks/README.md", "benchmarks/LOG.md", "MODELS.md",
 )  # fmt: skip
 # ```python, or ```python needs=PACKAGE for a block that runs where PACKAGE is installed. ```py needs a real checkpoint.
 BLOCK = re.compile(r"^```python(?: needs=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
@@ -67,7 +67,8 @@ def api_section(number: int) -> str:
 @pytest.mark.parametrize(
     ("section", "function"),
     [
-        (1, package.attention_sink),
+        (1, package.attention_sink), (1, package.merge_attention), (1, package.first_keys_attention),
+        (1, package.shared_prefix_attention),
         (3, package.flash_attn_func), (3, package.flash_attn_varlen_func), (3, package.flash_attn_with_kvcache),
         (4, package.sequence_parallel),
         (5, attention_forward),

@@ -146,6 +146,7 @@ PADDING, USED = torch.ones(1, 512, dtype=torch.bool), torch.tensor([5], dtype=to
         ("sm90", {"dtype": torch.float32}, "bfloat16 or float16, got torch.float32"),
         ("sm90", {"seqlen": 0}, "without queries or keys"),
         ("sm90", {"head_dim": 36}, r"multiples of 8, got \(36, 36\)"),
+        ("sm90", {"head_dim": 264}, r"head dimensions up to 256, got \(264, 264\)"),
         ("sm100", {"head_dim": 192}, r"up to 128, \(192, 128\) and \(256, 256\) on sm100, got \(192, 192\)"),
         ("sm100", {"head_dim": 256}, "no gradient of sinks for head dimension 256 on sm100"),
         ("sm90", {"k": torch.zeros(1, 500, 4, 64, dtype=BF16)}, "more queries than keys"),

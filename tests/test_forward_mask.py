@@ -10,11 +10,17 @@ import torch
 
 masking_utils = pytest.importorskip("transformers.masking_utils", reason="transformers is not installed")
 
+from triton_attention_sink_hf import attention_sink  # noqa: E402
+from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward  # noqa: E402
 from triton_attention_sink_hf.integrations import forward_mask, mask_function  # noqa: E402
+from triton_attention_sink_hf.integrations.blocks import key_ranges_of_blocks  # noqa: E402
 from triton_attention_sink_hf.integrations.forward_mask import GAPS, NO_PADDING, RUNS, ForwardMask  # noqa: E402
 from triton_attention_sink_hf.integrations.mask_function import attention_mask  # noqa: E402
 
 CAUSAL = masking_utils.causal_mask_function
+needs_blocks = pytest.mark.skipif(
+    not hasattr(masking_utils, "blockwise_overlay"), reason="this transformers has no blockwise_overlay"
+)
 
 
 @pytest.fixture(autouse=True)
@@ -125,6 +131,72 @@ def test_blocks_inside_a_packed_pattern_are_seen_when_compiled():
     with pytest.raises(RuntimeError, match="must be causal, got tokens that see the one after them"):
         compiled(samples, blocks)
     torch._dynamo.reset()
+
+
+def block_mask(blocks, window=None, kv_length=8, **keywords):
+    pattern = CAUSAL if window is None else masking_utils.sliding_window_causal_mask_function(window)
+    pattern = masking_utils.or_masks(pattern, masking_utils.blockwise_overlay(torch.tensor(blocks)))
+    return attention_mask(len(blocks), kv_length, 8, mask_function=pattern, local_size=window, **keywords)
+
+
+def dense_of(ranges):
+    j = torch.arange(8)
+    return (j >= ranges[..., :1]) & (j < ranges[..., 1:])
+
+
+@needs_blocks
+@pytest.mark.parametrize("window", [None, 3])
+def test_blocks_are_one_interval_a_query(window):
+    """As eager's dense mask shows them: neighbours of different numbers, of any length, at both ends."""
+    mask = block_mask([[0, 0, 0, 0, 0, 1, 1, -1], [-1, -1, 7, -1, 2, 2, 2, 2]], window)
+    ranges = mask.key_ranges(False, torch.device("cpu"))
+    assert torch.equal(dense_of(ranges), mask.dense[:, 0] == 0)
+    flat = mask.key_ranges(True, torch.device("cpu"))
+    assert torch.equal(flat, (ranges + torch.tensor([0, 8])[:, None, None]).flatten(0, 1))
+
+
+@needs_blocks
+def test_a_window_that_hides_a_part_of_a_block():
+    """As transformers 5.24 has it in Gemma 3's sliding layers, built by hand."""
+    blocks = masking_utils.blockwise_overlay(torch.tensor([[0, 0, 0, 0, 0, 1, 1, -1]]))
+    pattern = masking_utils.or_masks(CAUSAL, blocks)
+    pattern = masking_utils.and_masks(pattern, masking_utils.sliding_window_overlay(3))
+    mask = attention_mask(1, 8, 8, mask_function=pattern, use_vmap=True)
+    found = key_ranges_of_blocks(mask.blocks, 2, windowed=True)
+    assert torch.equal(mask.key_ranges(False, torch.device("cpu")), found)
+    index = torch.arange(8)
+    want = pattern(torch.zeros((), dtype=torch.int64), None, index[:, None], index[None])
+    assert torch.equal(dense_of(found)[0], want)
+    for other in (masking_utils.and_masks(pattern, CAUSAL), masking_utils.or_masks(CAUSAL, lambda *x: True), CAUSAL):
+        with pytest.raises(ValueError, match="a mask function of the user's"):
+            attention_mask(1, 8, 8, mask_function=other, use_vmap=True)
+
+
+@needs_blocks
+def test_blocks_that_are_not_served():
+    assert block_mask([[-1] * 8]).key_ranges(False, torch.device("cpu")) is None
+    with pytest.raises(ValueError, match="of which one lies in two places of a row"):
+        block_mask([[0, 0, -1, 0, 0, -1, -1, -1]])
+    padding = torch.tensor([[1, 1, 1, 0, 0, 0, 0, 0]])  # a number of padding too, which no one sees
+    found = block_mask([[0, 0, -1, 0, 0, -1, -1, -1]], attention_mask=padding).key_ranges(False, torch.device("cpu"))
+    assert found[0, :3].tolist() == [[0, 2], [0, 2], [0, 3]]
+    with pytest.raises(ValueError, match="in a cache of another length"):
+        block_mask([[0, 0, -1, -1, -1, -1, -1, -1, -1]], kv_length=9)
+    with pytest.raises(ValueError, match="under sequence parallelism"):
+        block_mask([[0, 0, -1, -1, -1, -1, -1, -1]]).for_gathered_rows(16)
+
+
+@needs_blocks
+def test_packed_samples_do_not_see_each_others_blocks():
+    """Their cuts come from positions; the call takes both."""
+    mask = block_mask([[-1, 0, 0, 0, -1, 1, 1, -1]])
+    q, k, v = (torch.randn(1, 2, 8, 16) for _ in range(3))
+    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3]])
+    out, _ = attention_forward(torch.nn.Module(), q, k, v, mask, position_ids=positions)
+    for rows, blocks in ((slice(0, 4), [[-1, 0, 0, 0]]), (slice(4, 8), [[-1, 1, 1, -1]])):
+        ranges = key_ranges_of_blocks(torch.tensor(blocks), -1)
+        alone = attention_sink(*(x[:, :, rows].transpose(1, 2) for x in (q, k, v)), causal=False, key_ranges=ranges)
+        torch.testing.assert_close(out[:, rows], alone)
 
 
 def test_cuts_and_padding_in_one_row():

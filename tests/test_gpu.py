@@ -51,6 +51,11 @@ CASES = {
     "mimo full": Case(1024, heads=(64, 4), head_dim=(192, 128)),
     "privacy filter": Case(1500, batch=2, heads=(14, 2), head_dim=64, causal=False, window=(128, 128)),
     "d256": Case(900, heads=(16, 4), head_dim=256, window=(500, 0)),
+    "deepseek v4": Case(700, heads=(64, 1), head_dim=512, window=(127, 0), layout="bhsd"),
+    "d512": Case(500, batch=2, heads=(4, 2), head_dim=512, dlse=True),
+    "d320": Case(450, 600, heads=(4, 1), head_dim=320, padding="left", softcap=9.0, dlse=True),
+    "d512 dv64 packed": Case(600, lengths_q=(1, 399, 0, 190), heads=(4, 2), head_dim=(512, 64), dlse=True),
+    "d96 dv320 packed": Case(600, lengths_q=(1, 399, 0, 190), heads=(4, 4), head_dim=(96, 320), causal=False),
     "d96": Case(700, heads=(12, 4), head_dim=96, dlse=True, layout="bhsd"),
     "d40 dv128": Case(450, 600, batch=2, heads=(6, 2), head_dim=(40, 128), dlse=True),
     "more queries than keys": Case(700, 300, heads=(8, 2), head_dim=64, dlse=True),
@@ -68,7 +73,7 @@ CASES = {
     "negative scale": Case(300, heads=(8, 1), head_dim=96, softmax_scale=-0.2, causal=False),
 }
 # fp16 differs from bf16 in the operands' type alone, so a few cases suffice
-FP16_CASES = ("gpt-oss window", "gpt-oss packed full", "llama", "mimo", "odd")
+FP16_CASES = ("gpt-oss window", "gpt-oss packed full", "llama", "mimo", "odd", "d512")
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,8 @@ CASES = {
     "llama 4 queries": Case(4, 2000, batch=2, heads=(32, 8), head_dim=128, layout="bhsd"),
     "mimo": Case(1, 4000, batch=2, heads=(64, 4), head_dim=(192, 128), window=(128, 0)),
     "gemma": Case(2, 3000, heads=(16, 4), head_dim=256, softcap=30.0),
+    "deepseek v4": Case(1, 3000, batch=2, heads=(64, 1), head_dim=512, used=(3000, 700)),
+    "d320 dv500": Case(3, 700, heads=(6, 2), head_dim=(320, 500), softcap=9.0),
     "group of 7": Case(3, 1500, heads=(14, 2), head_dim=64),
     "group of 48": Case(2, 1500, heads=(48, 1), head_dim=128),
     "odd": Case(5, 777, batch=2, heads=(15, 3), head_dim=(40, 80), padding="holes", layout="sliced"),

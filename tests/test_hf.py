@@ -241,7 +241,8 @@ def test_keywords_of_losses_are_taken(name, keyword):
 
 @pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4's Gemma 3 needs images to train")
 def test_text_of_a_model_that_lets_images_see_each_other():
-    """token_type_ids of 0 are text: causal. A 1 is an image: refused, compiled or not."""
+    """token_type_ids of 0 are text: causal. Neighbours of 1 are an image, whose tokens see each other, also beyond the
+    window of 5; on the right of the second row lies padding."""
     pair = []
     for implementation in ("eager", NAME):
         torch.manual_seed(0)
@@ -263,9 +264,50 @@ def test_text_of_a_model_that_lets_images_see_each_other():
     kinds = torch.zeros_like(x)
     expected, found = (model(x, token_type_ids=kinds, labels=x).logits for model in pair)
     assert_close(found, expected, 1e-5, "logits")
-    kinds[:, 3:6] = 1
-    with pytest.raises(ValueError, match="images"):
-        pair[1](x, token_type_ids=kinds, labels=x)
+    kinds[:, 2:9], kinds[1, 5] = 1, 0
+    real = torch.ones_like(x)
+    real[1, 8:] = 0
+    for mask in (None, real):
+        for model in pair:
+            model.zero_grad()
+        expected, found = (model(x, token_type_ids=kinds, labels=x, attention_mask=mask).logits for model in pair)
+        keep = real.bool() if mask is not None else torch.ones_like(real, dtype=torch.bool)
+        assert_close(found[keep], expected[keep], 1e-5, "logits")
+        dout = torch.randn_like(expected) * keep[..., None]
+        expected.backward(dout)
+        found.backward(dout)
+        assert_same_gradients(gradients(pair[1]), gradients(pair[0]), 1e-5)
+
+
+@pytest.mark.skipif(VERSION < (5, 0), reason="transformers 4 makes PaliGemma's mask in the model")
+def test_a_prefix_whose_tokens_see_each_other():
+    """PaliGemma: token_type_ids of 0 are the prefix, 1 the answer. The prefix ends elsewhere in each row."""
+    pair = []
+    for implementation in ("eager", NAME):
+        torch.manual_seed(0)
+        config = transformers.PaliGemmaConfig(
+            text_config=dict(COMMON, model_type="gemma"), image_token_index=VOCAB - 1, projection_dim=64,
+            vision_config=dict(
+                model_type="siglip_vision_model", hidden_size=32, intermediate_size=32, num_hidden_layers=1,
+                num_attention_heads=2, image_size=28, patch_size=14,
+            ),
+        )  # fmt: skip
+        config._attn_implementation = implementation
+        pair.append(transformers.PaliGemmaForConditionalGeneration(config).train())
+    x = tokens(2, 11).clamp_max(VOCAB - 4)
+    kinds = (torch.arange(11) >= torch.tensor([[4], [7]])).long()
+    real = torch.ones_like(x)
+    real[1, :3] = 0
+    for mask in (torch.ones_like(x), real):
+        for model in pair:
+            model.zero_grad()
+        arguments = dict(token_type_ids=kinds, labels=x, attention_mask=mask)
+        expected, found = (model(x, **arguments).logits for model in pair)
+        assert_close(found[mask.bool()], expected[mask.bool()], 1e-5, "logits")
+        dout = torch.randn_like(expected) * mask[..., None]
+        expected.backward(dout)
+        found.backward(dout)
+        assert_same_gradients(gradients(pair[1]), gradients(pair[0]), 1e-5)
 
 
 @pytest.mark.parametrize("fullgraph", [False, True])
@@ -282,7 +324,8 @@ def test_a_pattern_that_is_refused_is_refused_when_compiled(fullgraph):
     blocks = torch.tensor([[-1, -1, 0, 0, -1, 1, 1, -1]])
     extras = [{"or_mask_function": lambda b, h, q, k: q == k}]
     if VERSION >= (5, 0):
-        extras += [{"block_sequence_ids": blocks}, {"and_mask_function": lambda b, h, q, k: q == k}]
+        extras += [{"and_mask_function": lambda b, h, q, k: q == k}]
+        extras += [{"block_sequence_ids": blocks}] * fullgraph  # else the frame runs eagerly, which serves them
     for extra in extras:
         torch._dynamo.reset()
         compiled = torch.compile(mask, fullgraph=fullgraph, backend="eager")

@@ -57,6 +57,7 @@ def test_what_it_serves(hopper_card):
         ({"scale": -1.0}, "positive softmax_scale"),
         ({"dtype": torch.float32}, "bfloat16 or float16"),
         ({"head_dim": 32}, "above 32"),
+        ({"head_dim": 512}, "up to 256"),
     ],
     ids=lambda x: None if isinstance(x, dict) else x.replace(" ", "-"),
 )

@@ -20,6 +20,7 @@ SAMPLES = {
     "packed": Case(24, lengths_q=(3, 0, 17)),
     "padding": Case(9, 20, batch=2, padding="left", window=(7, 0)),
     "used": Case(1, 20, batch=2, used=(20, 3)),
+    "ranges": Case(8, heads=(2, 1), head_dim=16, ranges="blocks", causal=False),
     "transposed": Case(20, batch=2, layout="bhsd", head_dim=(16, 24)),
 }
 

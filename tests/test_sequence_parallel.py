@@ -58,6 +58,10 @@ def test_cu_seq_lens_softcap_and_value_heads_of_another_dimension(measured, size
     assert max(measured[f"function-sp{size}"].values()) <= 1e-12, measured[f"function-sp{size}"]
 
 
+def test_sinks_by_token(measured):
+    assert max(measured["by-token-sp4"].values()) <= 1e-12, measured["by-token-sp4"]
+
+
 def test_autocast_unifies_the_dtypes_before_the_exchange(measured):
     assert measured["autocast-sp4"]["out"] <= 1e-2
 
@@ -114,6 +118,7 @@ def call(q_heads=8, kv_heads=2, seqlen=6, seqlen_k=None, dtype=torch.float32, **
         ({"position_ids": torch.arange(24)[None]}, ValueError, r"position_ids must be .* \(1, 6\), got \(1, 24\)"),
         ({"position_ids": torch.zeros(3, 1, 6)}, ValueError, r"position_ids must be .*, got \(3, 1, 6\)"),
         ({"dtype": torch.bfloat16}, TypeError, "v must have q's dtype"),
+        ({"indices": torch.zeros(1, 6, 6, dtype=torch.int32)}, ValueError, "indices must be None under sequence par"),
         (
             {"cu_seq_lens_q": torch.tensor([0, 6]), "cu_seq_lens_k": torch.tensor([0, 6])},
             ValueError,

@@ -47,9 +47,9 @@ CASES = {
         "multiple of k's heads, got 4 and 0",
     ),
     "k's D": (ValueError, {"k": torch.zeros(B, S, HK, 24)}, "k's head dimension must be q's 16, got 24"),
-    "D 0": (ValueError, {"q": torch.zeros(B, S, HQ, 0)}, "q's head dimension must be from 1 to 256, got 0"),
-    "D 257": (ValueError, {"q": torch.zeros(B, S, HQ, 257)}, "q's head dimension must be from 1 to 256, got 257"),
-    "Dv 257": (ValueError, {"v": torch.zeros(B, S, HK, 257)}, "v's head dimension must be from 1 to 256, got 257"),
+    "D 0": (ValueError, {"q": torch.zeros(B, S, HQ, 0)}, "q's head dimension must be from 1 to 512, got 0"),
+    "D 513": (ValueError, {"q": torch.zeros(B, S, HQ, 513)}, "q's head dimension must be from 1 to 512, got 513"),
+    "Dv 513": (ValueError, {"v": torch.zeros(B, S, HK, 513)}, "v's head dimension must be from 1 to 512, got 513"),
     "v's length": (ValueError, {"v": torch.zeros(B, 5, HK, D)}, r"v must be \(2, 6, 2\) \+ \(Dv,\) as k, got"),
     "batch": (
         ValueError,
@@ -60,7 +60,7 @@ CASES = {
     "sinks a float": (TypeError, {"sinks": 0.0}, "sinks must be a torch.Tensor, got float"),
     "sinks of ints": (TypeError, {"sinks": _ints(0, 0, 0, 0)}, "sinks must be a floating dtype, got torch.int32"),
     "sinks too few": (ValueError, {"sinks": torch.zeros(2)}, r"sinks must be \(Hq,\) = \(4,\), got \(2,\)"),
-    "sinks 2-D": (ValueError, {"sinks": torch.zeros(1, 4)}, r"sinks must be \(Hq,\) = \(4,\), got \(1, 4\)"),
+    "sinks 2-D": (ValueError, {"sinks": torch.zeros(1, 4)}, r"or \(B, Hq, Sq\) = \(2, 4, 6\), got \(1, 4\)"),
     # numbers
     "window -2": (ValueError, {"window_size": (-2, 0)}, r"window_size must be >= -1.*got \(-2, 0\)"),
     "window an int": (TypeError, {"window_size": 128}, "window_size must be a pair.*got 128"),
@@ -107,6 +107,21 @@ CASES = {
         "key_padding_mask must be None where block_table is given",
     ),
     "used of three": (ValueError, {"seqused_k": _ints(1, 1, 1)}, r"seqused_k must be \(B,\) = \(2,\), got \(3,\)"),
+    "ranges int64": (
+        TypeError,
+        {"key_ranges": torch.zeros(B, S, 2, dtype=torch.int64)},
+        "key_ranges must be torch.int32, got torch.int64",
+    ),
+    "ranges shape": (
+        ValueError,
+        {"key_ranges": torch.zeros(S, 2, dtype=INT)},
+        r"key_ranges must be \(B, Sq, 2\) = \(2, 6, 2\), got \(6, 2\)",
+    ),
+    "packed ranges": (
+        ValueError,
+        _packed(key_ranges=torch.zeros(1, 12, 2, dtype=INT)),
+        r"key_ranges must be \(Tq, 2\) = \(12, 2\), got \(1, 12, 2\)",
+    ),
     # packed rows
     "one cu_seqlens": (ValueError, _packed(cu_seqlens_k=None), "cu_seqlens_k must be given when the other"),
     "cu int64": (

@@ -112,6 +112,7 @@ UNUSABLE = {
     "broken config": (["--model", "CONFIG"], "the model cannot be loaded"),
     "broken weights": (["--model", "WEIGHTS"], "the model cannot be loaded"),
     "no language model": (["--model", "VIT"], "the model cannot be loaded"),
+    "a constant sink": (["--model", "SINK"], "attention_sink must be None or 'learned' to verify, got 0.0"),
 }
 
 
@@ -119,14 +120,16 @@ UNUSABLE = {
 def test_what_cannot_be_compared_is_one_sentence_and_status_2(models, tmp_path, name, monkeypatch):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     arguments, reason = UNUSABLE[name]
-    for folder in ("EMPTY", "CONFIG", "VIT"):
+    for folder in ("EMPTY", "CONFIG", "VIT", "SINK"):
         (tmp_path / folder).mkdir()
+    config = json.loads((models / "gpt_oss" / "config.json").read_text())
+    (tmp_path / "SINK" / "config.json").write_text(json.dumps(config | {"attention_sink": 0.0}))
     (tmp_path / "CONFIG" / "config.json").write_text("[1]")
     (tmp_path / "VIT" / "config.json").write_text('{"model_type": "vit"}')
     shutil.copytree(models / "gpt_oss", tmp_path / "WEIGHTS")
     for file in (tmp_path / "WEIGHTS").glob("*.safetensors"):
         file.write_bytes(file.read_bytes()[:100])
-    arguments = [str(tmp_path / x) if x in ("EMPTY", "CONFIG", "WEIGHTS", "VIT") else x for x in arguments]
+    arguments = [str(tmp_path / x) if x in ("EMPTY", "CONFIG", "WEIGHTS", "VIT", "SINK") else x for x in arguments]
     model = [] if "--model" in arguments else ["--model", models / "gpt_oss"]
     result = CliRunner().invoke(app, ["verify", *map(str, [*model, *arguments])], catch_exceptions=False)
     assert result.exit_code == 2

@@ -88,8 +88,9 @@ REFUSED = [
     (dict(output_attentions=True), "output_attentions must be False"),
     (dict(position_bias=torch.zeros(1, 4, 8, 8)), "position_bias must be None"),
     (dict(alibi=torch.zeros(4)), "alibi must be None"),
-    (dict(indices=torch.zeros(2, 8, 3)), "indices must be None"),
-    (dict(sinks=torch.zeros(2, 4, 8, 1)), "sinks must be (Hq,) = (4,), one sink per head"),
+    (dict(indices=torch.zeros(2, 8, 3, dtype=torch.int32)), "indices must be integers (B, Sq, Sk) = (B, 8, 8)"),
+    (dict(indices=torch.zeros(2, 8, 8)), "got (2, 8, 8) torch.float32"),
+    (dict(sinks=torch.zeros(2, 4, 8, 2)), "sinks must be (Hq,) = (4,), one sink per head"),
     (dict(s_aux=torch.zeros(3)), "s_aux must be (Hq,) = (4,), one sink per head"),
     (dict(s_aux=torch.zeros(4), sinks=torch.zeros(4)), "sinks must be None where s_aux is given"),
     (dict(attention_mask=torch.zeros(2, 1, 8, 8)), "attention_mask must be a 2-D bool or integer padding mask"),
@@ -171,9 +172,11 @@ def test_mask_patterns_beyond_ours_are_refused():
     with pytest.raises(ValueError, match="must be causal, bidirectional, sliding or padded"):
         masking_utils.create_causal_mask(**arguments, and_mask_function=lambda b, h, q, k: q == k)
     if VERSION >= (5, 0):
-        with pytest.raises(ValueError, match=r"got blocks of tokens that see each other .* \(images\)"):
-            masking_utils.create_causal_mask(**arguments, block_sequence_ids=torch.zeros(1, 8, dtype=torch.long))
-        masking_utils.create_causal_mask(**arguments, block_sequence_ids=torch.full((1, 8), -1))
+        with pytest.raises(
+            ValueError, match=r"got blocks of tokens that see each other .* \(images\), of which one lies"
+        ):
+            masking_utils.create_causal_mask(**arguments, block_sequence_ids=torch.arange(8)[None] % 3)
+        assert masking_utils.create_causal_mask(**arguments, block_sequence_ids=torch.full((1, 8), -1)).blocks is None
     assert masking_utils.create_causal_mask(**arguments).causal
 
 

@@ -57,7 +57,7 @@ class Call:
         return (
             self.q, self.k, self.v, self.sinks,
             mask.cu_seqlens_q, mask.cu_seqlens_k, mask.key_padding_mask, mask.seqused_k,
-            mask.leftpad_k, self.block_table,
+            mask.leftpad_k, self.block_table, mask.key_ranges,
         )  # fmt: skip
 
     def options(self) -> tuple:
@@ -68,17 +68,19 @@ class Call:
     @classmethod
     def join(cls, tensors: Tensors, options: tuple, memo: Memo | None) -> Call:
         """The call with these ``tensors()`` and ``options()``."""
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table = tensors
+        (
+            q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
+        ) = tensors  # fmt: skip
         left, right, softmax_scale, softcap, deterministic = options
-        mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k)
+        mask = Mask(left, right, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, key_ranges)
         return cls(q, k, v, sinks, mask, softmax_scale, softcap, deterministic, memo, block_table)
 
 
-N_TENSORS = 10
+N_TENSORS = 11
 SCHEMA = (
     "Tensor q, Tensor k, Tensor v, Tensor? sinks, "
     "Tensor? cu_seqlens_q, Tensor? cu_seqlens_k, Tensor? key_padding_mask, Tensor? seqused_k, "
-    "Tensor? leftpad_k, Tensor? block_table, "
+    "Tensor? leftpad_k, Tensor? block_table, Tensor? key_ranges, "
     "SymInt left, SymInt right, float softmax_scale, float softcap, bool deterministic"
 )
 

@@ -4,18 +4,22 @@ transformers calls ``attention_mask`` once per forward and kind of layer, and pa
 of every layer. The two honour what stands here, or refuse it with a sentence that says what to do instead:
 
 ==================  ==================================================================================================
-sinks               ``s_aux`` or ``sinks`` (Hq,), one logit per head; per-token sinks are refused
+sinks               ``s_aux`` or ``sinks``: (Hq,), one logit per head, or (B, Hq, Sq), one per token; and the config's
+                    ``attention_sink``: a constant, the module's own, or both (``integrations/sinks.py``)
 causality, window   as the mask function was asked, like eager attention; if the model called none, ``is_causal`` (else
                     the module's) and ``sliding_window``; aligned to the end of the cache
+blocks              inside a causal mask, of tokens that see each other (images, prefixes); without past keys
 packed rows         ``cu_seq_lens_q/k``, else the cuts of the mask function, else ``position_ids`` if Sq == Sk, cut
                     where they do not rise by 1; also with a padding mask
 padding             2-D masks, left, right or between; integers above 1 number the samples
 caches              dynamic, static and sliding; a static cache's unwritten slots are hidden
 softcap, scaling    used
+shared prompts      ``shared_prefixes``: a ``SharedPrefixes``; one row, no padding, no cache, no sequence parallelism
 continuous batches  of transformers' paged cache: ``cu_seq_lens_q/k``, or ``block_table``, ``k_cache`` and ``v_cache``
+sparse layers       ``indices`` (B, Sq, Sk), the keys that an indexer chose, while it chooses all that there are
 sequence parallel   Ulysses: verl's group or ``with sequence_parallel(group)``; packed rows, no padding, no cache
-refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond causal and
-                    sliding window, layers with keys that their mask was not made for, ring attention, and any keyword
+refused             dropout, ``head_mask``, ``output_attentions``, dense 4-D masks, mask patterns beyond these,
+                    layers with keys that their mask was not made for, ring attention, and any keyword
                     not known to leave the mathematics alone (``IGNORED_KEYWORDS``; add a name to it if yours does)
 ==================  ==================================================================================================
 
@@ -26,12 +30,16 @@ there is any padding.
 
 from __future__ import annotations
 
+import functools
+
 import torch
 from torch import Tensor
 
+from .first_keys import first_keys_attention
 from .integrations.continuous_batching import batch_attention, is_continuous_batch
 from .integrations.forward_mask import NO_PADDING, ForwardMask
 from .integrations.mask_function import attention_mask
+from .integrations.sample_tree import tree_attention
 from .integrations.sequence_parallel import (
     active_group,
     check_shards,
@@ -40,7 +48,9 @@ from .integrations.sequence_parallel import (
     own_sinks,
     scatter_rows,
 )
+from .integrations.sinks import layer_sinks
 from .interface import attention_sink, follow_autocast
+from .shared_prefix import SharedPrefixes
 
 __all__ = ["IGNORED_KEYWORDS", "attention_forward", "attention_mask"]
 
@@ -84,8 +94,10 @@ def attention_forward(
     max_length_q: int | None = None,
     max_length_k: int | None = None,
     deterministic: bool | None = None,
+    shared_prefixes: SharedPrefixes | None = None,
     head_mask: Tensor | None = None,
     output_attentions: bool | None = None,
+    indices: Tensor | None = None,
     **kwargs,
 ) -> tuple[Tensor, None]:
     """Exact attention with sinks for one layer, differentiable in query, key, value and the sinks.
@@ -96,10 +108,13 @@ def attention_forward(
         attention_mask: what ``attention_mask()`` returned, or a 2-D padding mask (B, Sk), nonzero = real key.
         scaling: factor on the scores, default D ** -0.5. softcap: c > 0 caps them with c * tanh(x / c).
         sliding_window: W: a query sees itself and the W - 1 keys before it.
-        s_aux, sinks: (Hq,), natural-log sink logits; one of them or neither.
+        s_aux, sinks: (Hq,), (B, Hq, Sq) or (B, Hq, Sq, 1), natural-log sink logits; one of them or neither.
         position_ids: (B, S) or (1, S). cu_seq_lens_q, cu_seq_lens_k: int (N + 1,), packed rows of a batch of one.
             Under sequence parallelism S is the shard's, and cu_seq_lens_* count the rows of all ranks.
+        indices: integer (B, Sq, n), the n keys that each query may see, all different: n must be Sk, which is all.
         max_length_q, max_length_k: accepted; nothing needs them.
+        shared_prefixes: which segments of the row are prompts of which others; position_ids are those of its
+            ``position_ids()``.
         deterministic: True asks for bit-exact gradients; else torch's global setting decides.
 
     Returns:
@@ -110,13 +125,21 @@ def attention_forward(
     """
     cached = {name: kwargs.pop(name, None) for name in _OF_BATCHES} if is_continuous_batch(kwargs) else None
     _refuse(module, dropout, head_mask, output_attentions, kwargs)
-    sinks = _one_sink_per_head(module, query.shape[1], s_aux, sinks)
+    if indices is not None:
+        _refuse_sparse(indices, query.shape[2], key.shape[2])
+    sinks, first_keys = layer_sinks(module, query, s_aux, sinks)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(attention_mask, ForwardMask):
         mask = attention_mask
     else:
         mask = _layers_own_mask(module, q, k, attention_mask, is_causal, sliding_window)
+    if first_keys and mask.window[0] >= 0:
+        _check_first_keys(mask, q.shape[1], k.shape[1], cached, shared_prefixes)
+    else:
+        first_keys = 0  # a layer without a window sees them anyway
     if cached is not None:
+        if shared_prefixes is not None:
+            raise ValueError("shared_prefixes must be None in continuous batching, got a tree")
         return _continuous_batch(
             module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, cached,
             sinks=sinks, softmax_scale=scaling, softcap=0.0 if softcap is None else softcap,
@@ -125,7 +148,20 @@ def attention_forward(
     rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
     given, position_ids = position_ids, _text_positions(mask, position_ids, q.shape[0], q.shape[1])
     group = mask.group if mask.has_group else active_group(rows)
+    if shared_prefixes is not None:
+        if group is not None:
+            raise ValueError("shared_prefixes must be None under sequence parallelism, got a tree")
+        given = dict(
+            attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q,
+            cu_seq_lens_k=cu_seq_lens_k,
+        )  # fmt: skip
+        return tree_attention(
+            shared_prefixes, q, k, v, sinks, mask, given, softmax_scale=scaling,
+            softcap=0.0 if softcap is None else softcap, deterministic=deterministic or None,
+        ), None  # fmt: skip
     if group is not None:
+        if indices is not None:
+            raise ValueError("indices must be None under sequence parallelism, got those of this rank's rows alone")
         q, k, v = follow_autocast(q, k, v)
         padded = isinstance(attention_mask, Tensor) or mask.padding() != NO_PADDING
         positions = given if position_ids is None else position_ids
@@ -151,20 +187,32 @@ def attention_forward(
     else:
         cu_q, cu_k = _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
         key_padding_mask = seqused_k = None
+    key_ranges = mask.key_ranges(cu_q is not None, q.device)
+    attend = attention_sink
+    if first_keys:
+        attend = functools.partial(first_keys_attention, first_keys=first_keys)
+        del options["causal"]  # which it is
+    if key_ranges is not None:  # which hold causality and window
+        options |= dict(causal=False, window_size=(-1, -1), key_ranges=key_ranges)
     if cu_q is not None:
-        rows = (q, k, v) if q.shape[0] == 1 else (x.flatten(0, 1) for x in (q, k, v))
+        by_token = sinks is not None and sinks.dim() == 3
+        whole = q.shape[0] == 1 and attend is attention_sink and not by_token  # needs no view of its rows
+        rows = (q, k, v) if whole else (x.flatten(0, 1) for x in (q, k, v))
+        if by_token:
+            sinks = sinks.transpose(0, 1).flatten(1)
         options |= dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_padding_mask=key_padding_mask)
-        out = attention_sink(*rows, sinks, **options)
-        if out.dim() == 3:
+        out = attend(*rows, sinks, **options)
+        if not whole:
             out = out.unflatten(0, q.shape[:2])
     else:
-        out = attention_sink(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
+        out = attend(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
     return out if group is None else scatter_rows(group, out), None
 
 
 def _continuous_batch(module, query, key, value, mask: ForwardMask, cu_q, cu_k, cached: dict, **options) -> Tensor:
     """Attention of a row of requests. The mask says which keys beside its own a query sees; cu_seq_lens the rest."""
-    if not mask.causal or mask.real is not None:
+    mask.check_blocks()
+    if not mask.causal or mask.real is not None or mask.blocks is not None:
         raise ValueError("attention_mask must be None in continuous batching, and the layers causal: use generate()")
     mask.forward.used = True
     return batch_attention(module, query, key, value, cu_q, cu_k, cached, window_size=mask.window, **options)
@@ -184,25 +232,36 @@ def _refuse(module, dropout, head_mask, output_attentions, kwargs) -> None:
         )
     for name, value in kwargs.items():
         if value is not None and value is not False and name not in IGNORED_KEYWORDS:
-            raise ValueError(
-                f"{name} must be None for attn_implementation='triton_attention_sink', got {type(value).__name__}: it "
-                "is not known whether it changes the attention. Use attn_implementation='eager', or, if it does not, "
-                f"add {name!r} to triton_attention_sink_hf.flash_attention_triton_sink.IGNORED_KEYWORDS"
+            why = (
+                "it is not known whether it changes the attention. Use attn_implementation='eager', or, if it does "
+                f"not, add {name!r} to triton_attention_sink_hf.flash_attention_triton_sink.IGNORED_KEYWORDS"
             )
+            if name == "position_bias":
+                why = "no kernel adds a bias to the scores. Use attn_implementation='eager'"
+            got = type(value).__name__
+            raise ValueError(f"{name} must be None for attn_implementation='triton_attention_sink', got {got}: {why}")
 
 
-def _one_sink_per_head(module, heads: int, s_aux: Tensor | None, sinks: Tensor | None) -> Tensor | None:
-    if s_aux is not None and sinks is not None:
-        raise ValueError("sinks must be None where s_aux is given, got both")
-    name, value = ("s_aux", s_aux) if sinks is None else ("sinks", sinks)
-    if value is None and isinstance(getattr(module, "sinks", None), Tensor):
-        raise ValueError(f"s_aux must be the sinks that {type(module).__name__} owns, got None: they would be ignored")
-    if value is not None and tuple(value.shape) != (heads,):
+def _check_first_keys(mask: ForwardMask, seqlen_q: int, seqlen_k: int, cached, shared_prefixes) -> None:
+    what = None
+    if not mask.causal or mask.window[1] > 0 or mask.blocks is not None:
+        what = "layers that are not causal, and images"
+    elif cached is not None or seqlen_q != seqlen_k:
+        what = "a cache, whose sliding layers have dropped the first keys: pass use_cache=False"
+    elif shared_prefixes is not None:
+        what = "shared_prefixes"
+    if what is not None:
+        raise ValueError(f"attention_sink must be without 'first:N' for {what}, got first keys beside a window")
+
+
+def _refuse_sparse(indices: Tensor, seqlen_q: int, seqlen_k: int) -> None:
+    """Raise unless an indexer's choice hides nothing. Its topk gives different keys, so as many as there are is all."""
+    if indices.dim() != 3 or tuple(indices.shape[1:]) != (seqlen_q, seqlen_k) or indices.is_floating_point():
         raise ValueError(
-            f"{name} must be (Hq,) = ({heads},), one sink per head, got {tuple(value.shape)}: use "
-            "attn_implementation='eager' for sinks that differ by token"
+            f"indices must be integers (B, Sq, Sk) = (B, {seqlen_q}, {seqlen_k}), which hide no key, got "
+            f"{tuple(indices.shape)} {indices.dtype}: the layer's indexer chooses keys (sparse attention). Use rows of "
+            "at most config.index_topk tokens, or attn_implementation='eager'"
         )
-    return value
 
 
 def _layers_own_mask(module, q: Tensor, k: Tensor, mask, is_causal, sliding_window) -> ForwardMask:

@@ -12,8 +12,9 @@ from torch import Tensor
 from .call import Call, Tensors, memo_of, traced
 from .implementations import CACHES, KERNELS, REFERENCE, fastest, unsupported_reason
 from .reference import reference_attention
+from .token_sinks import join_token_sinks
 from .tracing import constant_result
-from .validation import check_options, check_tensors, readable
+from .validation import check_options, check_tensors, check_token_sinks, readable
 
 
 @dataclass(frozen=True)
@@ -53,6 +54,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[False] = ...,
     implementation: str = ...,
@@ -76,6 +78,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: Literal[True],
     implementation: str = ...,
@@ -99,6 +102,7 @@ def attention_sink(
     seqused_k: Tensor | None = ...,
     leftpad_k: Tensor | None = ...,
     block_table: Tensor | None = ...,
+    key_ranges: Tensor | None = ...,
     deterministic: bool | None = ...,
     return_lse: bool,
     implementation: str = ...,
@@ -121,6 +125,7 @@ def attention_sink(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     deterministic: bool | None = None,
     return_lse: bool = False,
     implementation: str = "auto",
@@ -134,9 +139,10 @@ def attention_sink(
     Args:
         q: (B, Sq, Hq, D), or packed (Tq, Hq, D) with ``cu_seqlens_*``; bf16, fp16, fp32 (fp64: reference only).
         k: (B, Sk, Hkv, D) or (Tk, Hkv, D); Hq is a multiple of Hkv. Any strides.
-        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: any from 1 to 256; multiples of 8 from 16 are fast.
+        v: (B, Sk, Hkv, Dv) or (Tk, Hkv, Dv). D and Dv: from 1 to 512; multiples of 8 from 16 to 256 are fast.
             Packed q, k and v may all have a leading dimension of 1. Then the results have it too.
-        sinks: (Hq,), any floating dtype; None = no sink.
+        sinks: (Hq,), any floating dtype; None = no sink. Or one per token, of lse's shape, (B, Hq, Sq) or packed
+            (Hq, Tq): two more elementwise passes over out and lse.
         causal: hide keys after the query's position; aligned bottom-right if Sq != Sk.
         window_size: (left, right) keys beside the query's position, -1 = unlimited.
             Hugging Face's ``sliding_window=W`` is ``(W - 1, 0)``.
@@ -150,6 +156,9 @@ def attention_sink(
         leftpad_k: int32 (B,), hidden slots at the start of a cache, which count in seqused_k and in positions.
         block_table: int32 (B, n): k (pages, page size, Hkv, D) and v are pages, and these are each row's, in order.
             Entries for pages without a key in use may hold anything.
+        key_ranges: int32 (B, Sq, 2), or packed (Tq, 2): the keys [first, last) that each query may see of those that
+            causality, window, segments and padding leave it. Rows of k (packed: of the whole packed k; with a
+            block_table: slots), clamped to those there are. Any order; an empty range sees nothing.
         deterministic: None follows ``torch.are_deterministic_algorithms_enabled()``.
         return_lse: also return lse, (B, Hq, Sq) or packed (Hq, Tq), fp32, natural log, sink included.
         implementation: "auto" (the fastest that supports the call) or a name, which then runs or raises.
@@ -161,16 +170,19 @@ def attention_sink(
         ValueError, TypeError: an argument that cannot be honoured, before any kernel starts.
     """
     q, k, v = follow_autocast(q, k, v)
+    sinks, token_sinks = _split_sinks(sinks)
     tensors = (
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
+    check_token_sinks(token_sinks, call)
     if (block_table is not None or leftpad_k is not None) and not _read_in_place(call, implementation):
         k, v, key_padding_mask = _plain_cache(call)
         return attention_sink(
-            q, k, v, sinks, causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
-            key_padding_mask=key_padding_mask, seqused_k=seqused_k, deterministic=deterministic, return_lse=return_lse,
-            implementation=implementation,
+            q, k, v, sinks if token_sinks is None else token_sinks,
+            causal=causal, window_size=window_size, softmax_scale=softmax_scale, softcap=softcap,
+            key_padding_mask=key_padding_mask, seqused_k=seqused_k, key_ranges=key_ranges, deterministic=deterministic,
+            return_lse=return_lse, implementation=implementation,
         )  # fmt: skip
     name = _choose(call, implementation)
     if name == REFERENCE:
@@ -185,6 +197,8 @@ def attention_sink(
         out, lse = attention_op(call, name)
     if call.mask.packed and q.dim() == 3:
         out, lse = out.squeeze(0), lse.squeeze(0)
+    if token_sinks is not None:
+        out, lse = join_token_sinks(out, lse, token_sinks)
     return (out, lse) if return_lse else out
 
 
@@ -206,16 +220,24 @@ def explain(
     seqused_k: Tensor | None = None,
     leftpad_k: Tensor | None = None,
     block_table: Tensor | None = None,
+    key_ranges: Tensor | None = None,
     deterministic: bool | None = None,
 ) -> Explanation:
     """Say which implementation ``attention_sink`` would take for these arguments, and why. Runs nothing."""
     q, k, v = follow_autocast(q, k, v)
+    sinks, token_sinks = _split_sinks(sinks)
     tensors = (
-        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table,
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
     )  # fmt: skip
     call = _prepare(tensors, (max_seqlen_q, max_seqlen_k), causal, window_size, softmax_scale, softcap, deterministic)
+    check_token_sinks(token_sinks, call)
     reasons = {name: unsupported_reason(name, call) for name in (*KERNELS, REFERENCE)}
     return Explanation(fastest(call), reasons)
+
+
+def _split_sinks(sinks: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """Sinks per head, which kernels take, and sinks by token, which none does; one of them is None."""
+    return (None, sinks) if isinstance(sinks, Tensor) and sinks.dim() > 1 else (sinks, None)
 
 
 def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_scale, softcap, deterministic) -> Call:
@@ -249,6 +271,8 @@ def _prepare(tensors: Tensors, max_seqlens: tuple, causal, window_size, softmax_
             call.q, call.k, call.v = call.q.unsqueeze(0), call.k.unsqueeze(0), call.v.unsqueeze(0)
         if mask.key_padding_mask is not None:
             mask.key_padding_mask = mask.key_padding_mask.unsqueeze(0)
+        if mask.key_ranges is not None:
+            mask.key_ranges = mask.key_ranges.unsqueeze(0)
     return call
 
 

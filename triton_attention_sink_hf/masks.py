@@ -41,6 +41,8 @@ class Mask:
         key_padding_mask: bool (B, Sk), True = real key; packed rows have B = 1.
         seqused_k: int32 (B,), keys in use; later slots are hidden, and the alignment is to this length.
         leftpad_k: int32 (B,), slots before the first key; they count in seqused_k and in positions, and are hidden.
+        key_ranges: int32 (B, Sq, 2), for each query the key rows [first, last) that it may see, beside all else that
+            is said here. They need not rise from query to query, may pass the keys there are, and may be empty.
     """
 
     left: int = -1
@@ -50,6 +52,7 @@ class Mask:
     key_padding_mask: Tensor | None = None
     seqused_k: Tensor | None = None
     leftpad_k: Tensor | None = None
+    key_ranges: Tensor | None = None
 
     def __post_init__(self):
         if self.left >= MAX_ROWS:
@@ -88,4 +91,7 @@ class Mask:
             visible = visible & (j <= i + shift + self.right)
         if self.key_padding_mask is not None:
             visible = visible & self.key_padding_mask[:, None, :]
+        if self.key_ranges is not None:
+            first, last = self.key_ranges.long().split(1, -1)
+            visible = visible & (j >= first) & (j < last)
         return visible

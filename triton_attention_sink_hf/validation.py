@@ -11,6 +11,7 @@ from torch import Tensor
 from .call import Call
 
 DTYPES = (torch.bfloat16, torch.float16, torch.float32, torch.float64)
+MAX_HEAD_DIM = 512
 CHECK_VARIABLE = "TRITON_ATTENTION_SINK_CHECK"
 
 
@@ -39,7 +40,9 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
 
     ``call``: packed rows as they were given, perhaps without a batch dimension. ``max_seqlens``: of queries and keys.
     """
-    q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table = call.tensors()
+    (
+        q, k, v, sinks, cu_seqlens_q, cu_seqlens_k, key_padding_mask, seqused_k, leftpad_k, block_table, key_ranges,
+    ) = call.tensors()  # fmt: skip
     packed = cu_seqlens_q is not None or cu_seqlens_k is not None
     if packed and all(isinstance(x, Tensor) and x.dim() == 4 and x.shape[0] == 1 for x in (q, k, v)):
         q, k, v = q[0], k[0], v[0]
@@ -71,6 +74,13 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
             swapped = not packed and tuple(key_padding_mask.shape) == (k.shape[0], k.shape[2])
             hint = _layout_hint(q, k) if swapped else ""
             raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}{hint}")
+    if key_ranges is not None:
+        _check_tensor("key_ranges", key_ranges, device)
+        if key_ranges.dtype != torch.int32:
+            raise TypeError(f"key_ranges must be torch.int32, got {key_ranges.dtype}")
+        if key_ranges.shape != (*q.shape[:-2], 2):
+            wanted = "(Tq, 2)" if packed else "(B, Sq, 2)"
+            raise ValueError(f"key_ranges must be {wanted} = {(*q.shape[:-2], 2)}, got {tuple(key_ranges.shape)}")
     for name, lengths in (("seqused_k", seqused_k), ("leftpad_k", leftpad_k)):
         if lengths is None:
             continue
@@ -84,6 +94,19 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
                 raise ValueError(f"{name} must be between 0 and Sk = {seqlen_k}, got {low}..{high}")
     if block_table is not None and readable(block_table):
         _check_pages(call)
+
+
+def check_token_sinks(sinks: Tensor | None, call: Call) -> None:
+    """The same for sinks by token, which are no part of ``call``; packed rows have their batch dimension of 1."""
+    if sinks is None:
+        return
+    _check_tensor("sinks", sinks, call.q.device)
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
+    batch, seqlen, heads = call.q.shape[:3]
+    shape, layout = ((heads, seqlen), "(Hq, Tq)") if call.mask.packed else ((batch, heads, seqlen), "(B, Hq, Sq)")
+    if sinks.shape != shape:
+        raise ValueError(f"sinks must be (Hq,) = ({heads},) or {layout} = {shape}, got {tuple(sinks.shape)}")
 
 
 def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
@@ -114,8 +137,8 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool = False
             raise ValueError(f"{name} must be {layout}, got shape {tuple(x.shape)}")
     q_shape, k_shape, v_shape = q.shape, k.shape, v.shape
     for name, size in (("q", q_shape[-1]), ("v", v_shape[-1])):
-        if size < 1 or size > 256:
-            raise ValueError(f"{name}'s head dimension must be from 1 to 256, got {size}")
+        if size < 1 or size > MAX_HEAD_DIM:
+            raise ValueError(f"{name}'s head dimension must be from 1 to {MAX_HEAD_DIM}, got {size}")
     if k_shape[-1] != q_shape[-1]:
         raise ValueError(f"k's head dimension must be q's {q_shape[-1]}, got {k_shape[-1]}")
     if k_shape[:-1] != v_shape[:-1]:

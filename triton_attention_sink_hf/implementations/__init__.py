@@ -9,6 +9,7 @@ To add one, add its folder, its name in ``KERNELS`` and its import in ``load``.
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from functools import lru_cache
 from types import ModuleType
 
@@ -36,6 +37,16 @@ def load(name: str) -> ModuleType:
     else:
         raise ValueError(f"name must be one of {KERNELS}, got {name!r}")
     return backend
+
+
+@lru_cache
+def load_merge() -> Callable | None:
+    """``common.merge.merge``; None without Triton."""
+    try:
+        from .common.merge import merge
+    except ImportError:
+        return None
+    return merge
 
 
 def fastest(call, in_operator: bool = False) -> str:

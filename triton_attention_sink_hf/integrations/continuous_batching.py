@@ -51,6 +51,10 @@ def batch_attention(
             "continuous batching of layers with a sliding window needs a later transformers (5.24 was tested): this "
             "one's cache hands out keys that are one token too old, past the window. Use generate()"
         )
+    if sinks is not None and sinks.dim() > 1:
+        raise NotImplementedError(
+            "sinks must be one per head in continuous batching, got one per token: use generate()"
+        )
     if isinstance(cu_seq_lens_k, dict):
         cu_seq_lens_k = cu_seq_lens_k["full_attention"]
     cu_q, cu_k = cu_seq_lens_q.to(torch.int32), cu_seq_lens_k.to(torch.int32)

@@ -21,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from ..masks import constant
+from .blocks import NONE, SCATTERED, key_ranges_of_blocks, kind_of_blocks
 from .patterns import BLOCKS, refuse_pattern
 from .segments import cu_seqlens_from_cuts, cuts_at_changes, cuts_from_positions, cuts_from_samples
 
@@ -100,6 +101,8 @@ class ForwardMask:
         causal: causal, else bidirectional. window: (left, right) keys beside a query's own position, -1 = unlimited.
         real: bool (B, Sk), True = token, False = padding; None: nobody gave a padding mask.
         sample_ids: integer (B, Sk), the number of each token's sample, 0 = padding; None: nobody gave them.
+        blocks: integer (B, Sk), the number of the block of tokens that see each other in both directions, negative =
+            none. None: there are none.
         cuts: bool (B, Sq), True where a packed sample begins, as the model told the mask function; None: it did not.
         used: keys in use, int or Tensor, where they can be fewer than Sk; else None.
         from_mask_function: the mask function made this, not a layer, so its pattern and sizes are the model's.
@@ -128,11 +131,13 @@ class ForwardMask:
         self.causal, self.window = causal, window
         self.real, self.sample_ids, self.cuts, self.used = real, sample_ids, cuts, used
         self.group, self.has_group, self.from_mask_function = group, has_group, arguments is not None
+        self.blocks: Tensor | None = None
+        self._windowed = False
         self.forward = Forward() if forward is None else forward
         self._arguments = arguments
         self._dense: Tensor | None = None
         self._padding: int | None = None  # number of the question
-        self._blocks: int | None = None
+        self._kind: int | None = None  # number of the question of what blocks there are
         free = real is not None and real.device.type == "cpu"  # a layer's own mask is not worth waiting for
         if (
             real is not None
@@ -144,13 +149,49 @@ class ForwardMask:
             runs = (cuts_at_changes(real) & real).sum(1) + real[:, 0]
             self._padding = self.forward.ask((~real.all()).int() + (runs > 1).any().int())
 
-    def refuse_blocks(self, blocks: Tensor) -> None:
-        """Raise, once it may be read, if ``blocks`` (B, S) has any: a token's block number, negative = none."""
-        question = self.forward.ask((blocks >= 0).any().int())
-        if blocks.device.type != "cpu":
-            self._blocks = question
-        elif self.forward.answer(question):
-            refuse_pattern(BLOCKS)
+    def set_blocks(self, blocks: Tensor, windowed: bool = False) -> None:
+        """Let the tokens of each block, numbered in ``blocks`` (B, Sk) from 0 on, see each other; negative = none.
+
+        ``windowed``: as far as the window reaches to the left.
+
+        Blocks that are not served are refused as soon as their numbers may be read, here or by the first layer.
+        """
+        self._windowed = windowed
+        self.blocks = blocks if self.real is None else blocks.masked_fill(~self.real.to(blocks.device), -1)
+        self._kind = self.forward.ask(kind_of_blocks(self.blocks))
+        if blocks.device.type == "cpu":
+            self.check_blocks()
+
+    def check_blocks(self) -> None:
+        """Raise for blocks that are not served, and forget them if there are none."""
+        if self.blocks is None or self._kind is None:
+            return
+        if self.blocks.is_cuda and torch.cuda.is_current_stream_capturing():
+            refuse_pattern(f"{BLOCKS}, while a CUDA graph is captured")
+        kind, self._kind = self.forward.answer(self._kind), None
+        if kind == NONE:
+            self.blocks = None
+        elif kind == SCATTERED:
+            refuse_pattern(f"{BLOCKS}, of which one lies in two places of a row")
+        elif self.shape[2] != self.shape[3]:
+            refuse_pattern(f"{BLOCKS}, in a cache of another length")
+
+    def key_ranges(self, packed: bool, device: torch.device) -> Tensor | None:
+        """What causality, window and blocks leave of the keys, as ``attention_sink`` takes it; None without blocks.
+
+        int32 (B, S, 2), or ``packed`` (B * S, 2) in rows of the flattened batch.
+        """
+        if self.blocks is None:
+            return None
+
+        def derive():
+            ranges = key_ranges_of_blocks(self.blocks.to(device), self.window[0], self._windowed)
+            if packed:
+                rows = torch.arange(ranges.shape[0], device=device, dtype=torch.int32) * ranges.shape[1]
+                ranges = (ranges + rows[:, None, None]).flatten(0, 1)
+            return ranges
+
+        return self.forward.once(self.blocks, ("key_ranges", self.window[0], packed, device), derive)
 
     def check(self, seqlen_q: int, seqlen_k: int) -> None:
         """Raise for a layer whose queries or keys are not those that the mask function was asked for."""
@@ -161,8 +202,7 @@ class ForwardMask:
                 "Use attn_implementation='eager'"
             )
         self.forward.used = True
-        if self._blocks is not None and (torch.cuda.is_current_stream_capturing() or self.forward.answer(self._blocks)):
-            refuse_pattern(BLOCKS)
+        self.check_blocks()
 
     def refuse_restarts(self, positions: Tensor) -> None:
         """Raise if positions (B, S) fall between two tokens: within a sample they never do."""
@@ -184,6 +224,8 @@ class ForwardMask:
 
     def for_gathered_rows(self, seqlen: int) -> ForwardMask:
         """This mask is of a shard: the mask of the ``seqlen`` rows of all ranks."""
+        if self.blocks is not None:
+            refuse_pattern(f"{BLOCKS}, under sequence parallelism")
         shape = (self.shape[0], 1, seqlen, seqlen)
         return ForwardMask(shape, self.device, causal=self.causal, window=self.window, forward=self.forward)
 
@@ -273,7 +315,7 @@ class ForwardMask:
             return self.dense.to(*args, **kwargs)
         moved = copy.copy(self)
         moved.device = torch.device(device)
-        for name in ("real", "sample_ids", "cuts", "used"):
+        for name in ("real", "sample_ids", "cuts", "used", "blocks"):
             value = getattr(self, name)
             if isinstance(value, Tensor):
                 setattr(moved, name, self.forward.once(value, ("to", moved.device), lambda x=value: x.to(moved.device)))

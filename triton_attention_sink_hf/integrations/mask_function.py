@@ -34,8 +34,8 @@ def attention_mask(
         q_length: queries, at positions ``q_offset`` and on (a tensor for static caches).
         kv_length: key slots, at positions ``kv_offset`` and on.
         cache_position: (q_length,), in place of q_length and q_offset in transformers 4.57.
-        mask_function: transformers' description of the pattern; all but causal, bidirectional, sliding and packed are
-            refused.
+        mask_function: transformers' description of the pattern; all but causal, bidirectional, sliding, packed and
+            blocks (images, prefixes) are refused.
         attention_mask: 2-D padding mask over all positions so far, nonzero = real; or what an earlier call returned.
 
     Raises:
@@ -51,7 +51,8 @@ def attention_mask(
         **kwargs,
     )  # fmt: skip
     refuse_own_attention(kwargs.get("config"))
-    packed, blocks = check_pattern(mask_function, kwargs)
+    pattern = check_pattern(mask_function, kwargs)
+    packed, blocks = pattern.packed, pattern.blocks
     bidirectional = "allow_is_bidirectional_skip" in kwargs  # only those patterns are created with it
     if cache_position is not None:
         q_length, q_offset = cache_position.shape[0], cache_position[0]
@@ -78,7 +79,7 @@ def attention_mask(
         (batch_size, 1, q_length, kv_length),
         device,
         causal=not bidirectional,
-        window=_window(kwargs.get("local_size"), bidirectional),
+        window=_window(kwargs.get("local_size") if pattern.window is None else pattern.window, bidirectional),
         real=real,
         cuts=cuts,
         used=used,
@@ -89,7 +90,7 @@ def attention_mask(
         arguments={name: value for name, value in arguments.items() if value is not None},
     )
     if blocks is not None:
-        mask.refuse_blocks(blocks)
+        mask.set_blocks(blocks[:, :kv_length], windowed=pattern.window is not None)
     mask.forward.masks += 1
     kinds = getattr(kwargs.get("config"), "layer_types", None) or (None,)
     if mask.forward.masks >= len(set(kinds)) and not (real is not None and is_recorded(real)):

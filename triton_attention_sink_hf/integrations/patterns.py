@@ -7,6 +7,7 @@ frames that it calls, so what one frame decides and another raises could come ou
 from __future__ import annotations
 
 import sys
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -32,12 +33,23 @@ def refuse_pattern(what: str) -> None:
     )
 
 
-def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | None]:
-    """What the pattern may add to causality and window: packing, and blocks.
+class Pattern(NamedTuple):
+    """What a pattern may add to causality and window.
 
-    Returns:
-        Whether it may be packed, or the sample number (B, S) of each token if the pattern has it; and the block numbers
-        (B, S), which must all be negative, None without blocks.
+    Attributes:
+        packed: whether it may be packed, or the sample number (B, S) of each token if the pattern has it.
+        blocks: the block numbers (B, S), negative = none; None without blocks.
+        window: W, of which a token sees the W - 1 keys before it, of its own block too; None: the window is in
+            ``local_size`` and does not hide a block.
+    """
+
+    packed: bool | Tensor = False
+    blocks: Tensor | None = None
+    window: int | None = None
+
+
+def check_pattern(mask_function, kwargs: dict) -> Pattern:
+    """What the pattern may add to causality and window: packing, and blocks.
 
     Args:
         mask_function: transformers' description of the pattern, or None.
@@ -47,20 +59,23 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | 
         ValueError: a pattern that one interval of keys a query cannot express.
     """
     if kwargs.get("use_vmap"):
+        blocks = None if torch.compiler.is_compiling() else _windowed_blocks(mask_function)
+        if blocks is not None:
+            return blocks
         refuse_pattern("a mask function of the user's or of the model's own (or_mask_function, and_mask_function)")
     config, local_size = kwargs.get("config"), kwargs.get("local_size")
     chunk, window = getattr(config, "attention_chunk_size", None), getattr(config, "sliding_window", None)
     if local_size is not None and local_size == chunk and local_size != window:
         refuse_pattern(_CHUNKS)
     if mask_function is None:
-        return False, None
+        return Pattern()
     if torch.compiler.is_compiling():  # the name of a function can be traced, its closure cannot
         name = mask_function.__name__
         if name not in ("causal_mask_function", "bidirectional_mask_function", "and_mask"):
             refuse_pattern(_WHAT.get(name, f"a mask made by {name}"))
         if local_size is not None and local_size == chunk:
             refuse_pattern("a window that may be chunked attention: attention_chunk_size equals sliding_window")
-        return name == "and_mask", None
+        return Pattern(name == "and_mask")
     parts = _parts(mask_function)
     for name in parts:
         if name not in _CAUSAL_OR_FULL | _WINDOW | _PACKED | _BLOCKS:
@@ -69,7 +84,7 @@ def check_pattern(mask_function, kwargs: dict) -> tuple[bool | Tensor, Tensor | 
     if "or_masks" in parts and not isinstance(blocks, Tensor):
         refuse_pattern(_UNION)
     samples = parts.get("packed_sequence_mask_function")
-    return samples if isinstance(samples, Tensor) else not _PACKED.isdisjoint(parts), blocks
+    return Pattern(samples if isinstance(samples, Tensor) else not _PACKED.isdisjoint(parts), blocks)
 
 
 def refuse_own_attention(config) -> None:
@@ -90,12 +105,36 @@ def _calls_attention_functions(configuration: str) -> bool:
     return hasattr(modeling, "ALL_ATTENTION_FUNCTIONS")
 
 
+def _windowed_blocks(mask_function) -> Pattern | None:
+    """Of Gemma 3's sliding layers in transformers 5.24: a window of causality or blocks. None for other patterns."""
+    union, window = _members(mask_function, "and_masks", "or_masks", "sliding_window_overlay")
+    causal, blocks = _members(union, "or_masks", "causal_mask_function", "blockwise_overlay")
+    if causal is None:
+        return None
+    numbers, size = (function.__closure__[0].cell_contents for function in (blocks, window))
+    return Pattern(blocks=numbers, window=size) if isinstance(numbers, Tensor) and isinstance(size, int) else None
+
+
+def _members(function, name: str, *names: str) -> tuple:
+    """The functions of these names that ``function``, of that name, joins; None in their places for any other."""
+    if _name(function) != name:
+        return (None,) * len(names)
+    members = function.__closure__[0].cell_contents
+    if not isinstance(members, tuple) or tuple(map(_name, members)) != names:
+        return (None,) * len(names)
+    return members
+
+
+def _name(function) -> str:
+    return getattr(function, "__qualname__", repr(function)).split(".")[0]
+
+
 def _parts(mask_function) -> dict[str, object]:
     """The functions of transformers.masking_utils that compose a pattern: name -> tensor in its closure, or None."""
     parts, todo = {}, [mask_function]
     while todo:
         function = todo.pop()
-        name = getattr(function, "__qualname__", repr(function)).split(".")[0]
+        name = _name(function)
         parts.setdefault(name, None)
         for cell in getattr(function, "__closure__", None) or ():
             content = cell.cell_contents

@@ -257,8 +257,16 @@ def scatter_rows(group: dist.ProcessGroup, out: Tensor) -> Tensor:
 
 
 def own_sinks(group: dist.ProcessGroup, sinks: Tensor | None) -> Tensor | None:
-    """(H / n,), the sinks of this rank's heads, from all (H,). Differentiable: the others' gradient is 0 here."""
-    return None if sinks is None else sinks.unflatten(0, (dist.get_world_size(group), -1))[dist.get_rank(group)]
+    """(H / n,), the sinks of this rank's heads, from all (H,). Differentiable: the others' gradient is 0 here.
+
+    Sinks by token, (B, H, S) of this rank's rows, are exchanged: (B, H / n, n * S).
+    """
+    if sinks is None:
+        return None
+    if sinks.dim() == 3:
+        (rows,) = _gather_rows(group, (sinks.transpose(1, 2).unsqueeze(-1),))
+        return rows.squeeze(-1).transpose(1, 2)
+    return sinks.unflatten(0, (dist.get_world_size(group), -1))[dist.get_rank(group)]
 
 
 class _AllToAll(torch.autograd.Function):

@@ -38,7 +38,7 @@ def verify(
 
     Raises:
         ValueError: there is nothing to compare: no such device or attention, or a model that cannot be loaded, does not
-            fit or cannot be run with eager attention.
+            fit, cannot be run with eager attention or has sinks that eager does not know.
         ImportError: transformers is missing.
     """
     import transformers
@@ -54,6 +54,7 @@ def verify(
         if layers is not None:
             models.keep_layers(text, layers)
         parameters = models.count_parameters(config)
+    models.refuse_sinks_of_the_config(text)
     lengths = sample_lengths(text)
     report = Report(model, attention, device, dtype, parameters, lengths)
     gib = parameters * 8 / 2**30

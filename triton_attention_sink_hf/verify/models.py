@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 
+from ..integrations.sinks import KEY, LEARNED
 from .samples import window_of
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -21,6 +22,15 @@ def keep_layers(config, layers: int) -> None:
     for name in ("layer_types", "mlp_layer_types"):
         if getattr(config, name, None) is not None:
             setattr(config, name, getattr(config, name)[:layers])
+
+
+def refuse_sinks_of_the_config(config) -> None:
+    """ValueError if ``config`` adds sinks that eager attention does not know."""
+    value = getattr(config, KEY, None)
+    if value not in (None, LEARNED):
+        raise ValueError(
+            f"{KEY} must be None or '{LEARNED}' to verify, got {value!r}: eager attention does not read it"
+        )
 
 
 def count_parameters(config) -> int:

@@ -2,7 +2,8 @@
 
 Causality, windows, packed segments and used cache lengths all give intervals [lo, hi) whose ends do not decrease from
 row to row. So the first and the last row of a tile bound its loop, and tiles inside all rows' intervals need no mask.
-Only a padding mask is looked up key by key.
+Only a padding mask is looked up key by key. ``key_ranges`` (``key_ranges.py``) gives each query any interval: there all
+rows of a tile bound its loop.
 """
 
 import triton
@@ -25,9 +26,13 @@ def interval(i, shift, before, after, start, end, HAS_BEFORE: tl.constexpr, HAS_
 def query_interval(
     i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
     HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr,
+    HAS_KEY_RANGES: tl.constexpr = False,
 ):  # fmt: skip
     """Keys [lo, hi) that query rows ``i`` see. Rows past the last see what the last one sees."""
     i = tl.minimum(i, seqlen_q - 1)
+    if HAS_KEY_RANGES:
+        ptr = ranges_ptr + b.to(tl.int64) * 2 * seqlen_q
+        return tl.load(ptr + i), tl.load(ptr + seqlen_q + i)
     if PACKED:
         return tl.load(ranges_ptr + i), tl.load(ranges_ptr + seqlen_q + i)
     used = seqlen_k
@@ -51,6 +56,13 @@ def key_interval(
         lo, hi = interval(j, seqlen_q - used, right, left, 0, seqlen_q, HAS_RIGHT, HAS_LEFT)
         return tl.where(j < used, lo, seqlen_q), tl.where(j < used, hi, seqlen_q)
     return interval(j, seqlen_q - seqlen_k, right, left, 0, seqlen_q, HAS_RIGHT, HAS_LEFT)
+
+
+@triton.jit
+def tile_bounds(lo, hi):
+    """The least and greatest ends of the rows' intervals, as ``tile_plan`` takes them. Empty ones are [0, 0)."""
+    lo_first = tl.min(tl.where(lo < hi, lo, 2**30), 0)
+    return lo_first, tl.min(hi, 0), tl.max(lo, 0), tl.max(hi, 0)
 
 
 @triton.jit

@@ -32,6 +32,8 @@ def supports(call: Call) -> str | None:
         return "FlashAttention-4 has no operator that torch.compile and dispatch modes could trace"
     if call.block_table is not None or mask.leftpad_k is not None:
         return "only triton_decode reads block_table and leftpad_k; the others are given a gathered cache and a mask"
+    if mask.key_ranges is not None:
+        return "only the portable triton kernels and the reference take key_ranges"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
         return "FlashAttention-4 is called here without key_padding_mask and seqused_k"
     if call.softmax_scale <= 0.0:
@@ -48,6 +50,8 @@ def _shape_reason(call: Call, target: str) -> str | None:
     dims = q.shape[-1], call.v.shape[-1]
     if any(size % 8 for size in dims):
         return f"FlashAttention-4 takes head dimensions that are multiples of 8, got {dims}"
+    if max(dims) > 256:
+        return f"FlashAttention-4 takes head dimensions up to 256, got {dims}"
     if target != "sm90" and max(dims) > 128 and dims not in ((192, 128), (256, 256)):
         return f"FlashAttention-4 takes head dimensions up to 128, (192, 128) and (256, 256) on {target}, got {dims}"
     if target != "sm90" and dims == (256, 256) and call.sinks is not None:

@@ -36,9 +36,9 @@ def limits(call: Call) -> str | None:
     if q.device.type != "cuda" and not (_INTERPRETED and q.device.type == "cpu"):
         return f"the Triton kernels need a GPU (or TRITON_INTERPRET=1 on a CPU), got device {q.device}"
     for name, x, heads in (("q", q, MAX_PACK), ("k", call.k, 0), ("v", call.v, 0)):
-        # offsets inside a tile are 32-bit: at most 128 tokens, 256 columns, for q MAX_PACK heads
+        # offsets inside a tile are 32-bit: at most 128 tokens, 512 columns, for q MAX_PACK heads
         _, token, head, column = x.stride()
-        if token * 128 + head * heads + column * 256 >= 2**31:
+        if token * 128 + head * heads + column * 512 >= 2**31:
             return f"{name}'s strides must span less than 2 ** 31 elements in a tile, got {tuple(x.stride())}"
         if x.shape[1] >= MAX_ROWS:  # so that positions beside the longest window are 32-bit
             return f"{name} must have less than 2 ** 30 rows, got {x.shape[1]}"

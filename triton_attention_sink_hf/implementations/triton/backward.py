@@ -17,7 +17,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..common.masks import key_interval, query_interval, tile_plan
+from ..common.key_ranges import key_side_tensors, query_side_tensors
+from ..common.masks import key_interval, query_interval, tile_bounds, tile_plan
 from ..common.old_triton import known_hints
 from ..common.primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from ..common.problem import Problem, ceil_div, dlse_arguments, planned, strides, token_blocks, use_tma
@@ -113,7 +114,7 @@ def _attn_bwd_dq_kernel(
     stride_dlb, stride_dlh, stride_dlt, stride_st, stride_sh, stride_sp, stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_DLSE: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr,
     PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr,
-    HAS_SOFTCAP: tl.constexpr,
+    HAS_SOFTCAP: tl.constexpr, HAS_KEY_RANGES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
@@ -139,15 +140,19 @@ def _attn_bwd_dq_kernel(
     heads = head + rows % PACK
     valid = i < seqlen_q
     lo, hi = query_interval(
-        i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-    )
-    lo_first, hi_first = query_interval(
-        token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-    )
-    lo_last, hi_last = query_interval(
-        token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
-        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+        i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED, HAS_KEY_RANGES,
     )  # fmt: skip
+    if HAS_KEY_RANGES:
+        lo_first, hi_first, lo_last, hi_last = tile_bounds(lo, hi)
+    else:
+        lo_first, hi_first = query_interval(
+            token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+        )
+        lo_last, hi_last = query_interval(
+            token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+            HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+        )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
 
     q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -219,6 +224,7 @@ class _DkvOptions(NamedTuple):
     HAS_SOFTCAP: bool
     TMA: bool
     WHOLE: bool
+    HAS_KEY_RANGES: bool
     D: int
     DV: int
     BLOCK_D: int
@@ -229,11 +235,11 @@ class _DkvOptions(NamedTuple):
 
 @triton.jit
 def _dkv_step(
-    dk, dv, dk_rest, dv_rest, k, v, pointers, descs, head_strides, b, head, t0, end, lo, hi, softmax_scale, softcap,
+    dk, dv, dk_rest, dv_rest, k, v, j, pointers, descs, head_strides, b, head, t0, end, lo, hi, softmax_scale, softcap,
     MASKED: tl.constexpr, OPTIONS: tl.constexpr,
 ):  # fmt: skip
     """Add the part of query rows from token t0 on, up to ``end``; scores are transposed (keys, rows)."""
-    q_ptr, dout_ptr, statistics_ptr = pointers
+    q_ptr, dout_ptr, statistics_ptr, first_ptr, last_ptr = pointers
     q_desc, dout_desc, statistics_desc = descs
     stride_qh, stride_doh, stride_sh, stride_sp = head_strides
     BLOCK_M: tl.constexpr = OPTIONS.BLOCK_M
@@ -277,7 +283,12 @@ def _dkv_step(
     s = matmul(k, q.T)
     p, slope = _probabilities(s, lse[None, :], softmax_scale, softcap, OPTIONS.PRESCALE, OPTIONS.HAS_SOFTCAP, EXACT)
     if MASKED:
-        visible = (i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None])
+        if OPTIONS.HAS_KEY_RANGES:
+            first = tl.load(first_ptr + i, mask=valid, other=0)
+            last = tl.load(last_ptr + i, mask=valid, other=0)
+            visible = (j[:, None] >= first[None, :]) & (j[:, None] < last[None, :])
+        else:
+            visible = (i[None, :] >= lo[:, None]) & (i[None, :] < hi[:, None])
         p = tl.where(visible, p, 0.0)
     dv, dv_rest = add_product(dv, dv_rest, p.to(dout.dtype), dout, EXACT)
     ds = p * (matmul(v, dout.T) - delta[None, :])
@@ -291,7 +302,7 @@ def _dkv_step(
 @triton.jit
 def _attn_bwd_dkv_kernel(
     q_ptr, k_ptr, v_ptr, q_desc, dout_desc, statistics_desc, statistics_ptr, dout_ptr, dk_ptr, dv_ptr,
-    ranges_ptr, padding_ptr, seqused_ptr,
+    ranges_ptr, padding_ptr, seqused_ptr, query_ranges_ptr, key_tiles_ptr,
     softmax_scale, softcap, batch, seqlen_q, seqlen_k, heads_q, heads_k, left, right,
     stride_qb, stride_qt, stride_qh, stride_qd, stride_kb, stride_kt, stride_kh, stride_kd,
     stride_vb, stride_vt, stride_vh, stride_vd, stride_dob, stride_dot, stride_doh, stride_dod,
@@ -299,13 +310,14 @@ def _attn_bwd_dkv_kernel(
     stride_st, stride_sh, stride_sp, stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
     HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_RANGES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr, TMA: tl.constexpr,
 ):  # fmt: skip
     TOKENS: tl.constexpr = BLOCK_M // PACK
     OPTIONS: tl.constexpr = _DkvOptions(
         stride_qt=stride_qt, stride_qd=stride_qd, stride_dot=stride_dot, stride_dod=stride_dod, stride_st=stride_st,
-        PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, TMA=TMA, WHOLE=not PACKED,
+        PRESCALE=PRESCALE, HAS_SOFTCAP=HAS_SOFTCAP, TMA=TMA, WHOLE=not PACKED, HAS_KEY_RANGES=HAS_KEY_RANGES,
         D=D, DV=DV, BLOCK_D=BLOCK_D, BLOCK_DV=BLOCK_DV, BLOCK_M=BLOCK_M, PACK=PACK,
     )  # fmt: skip
     # disable LICM: hoisted values would spill
@@ -324,14 +336,22 @@ def _attn_bwd_dkv_kernel(
     lo, hi = key_interval(
         j, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
     )
-    lo_first, hi_first = key_interval(
-        key, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-    )
-    lo_last, hi_last = key_interval(
-        key + BLOCK_N - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
-        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
-    )  # fmt: skip
-    edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=False)
+    first_ptr, last_ptr = query_ranges_ptr, query_ranges_ptr
+    if HAS_KEY_RANGES:
+        first_ptr = query_ranges_ptr + b.to(tl.int64) * 2 * seqlen_q
+        last_ptr = first_ptr + seqlen_q
+        key_tile = key_tiles_ptr + (b.to(tl.int64) * tl.cdiv(seqlen_k, BLOCK_N) + tile) * 2
+        lo_first, hi_last = tl.load(key_tile), tl.load(key_tile + 1)
+        hi_first, lo_last = hi_last, lo_first
+    else:
+        lo_first, hi_first = key_interval(
+            key, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+        )
+        lo_last, hi_last = key_interval(
+            key + BLOCK_N - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+            HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+        )  # fmt: skip
+    edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=HAS_KEY_RANGES)
 
     # keys that no query sees (unused cache slots, rows past the last segment) may hold anything and are not read
     seen = valid & (lo < hi)
@@ -352,15 +372,17 @@ def _attn_bwd_dkv_kernel(
         for e in tl.range(0, edges, num_stages=STAGES, disable_licm=NO_LICM):
             t0 = lo_first + tl.where(e < before, e, e + skip) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
-                dk, dv, dk_rest, dv_rest, k, v, (q_base, dout_base, statistics), (q_desc, dout_desc, statistics_desc),
-                (stride_qh, stride_doh, stride_sh, stride_sp), b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
+                dk, dv, dk_rest, dv_rest, k, v, j, (q_base, dout_base, statistics, first_ptr, last_ptr),
+                (q_desc, dout_desc, statistics_desc), (stride_qh, stride_doh, stride_sh, stride_sp),
+                b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
                 True, OPTIONS,
             )  # fmt: skip
         for f in tl.range(0, full, num_stages=STAGES, disable_licm=NO_LICM):
             t0 = lo_first + (before + f) * TOKENS
             dk, dv, dk_rest, dv_rest = _dkv_step(
-                dk, dv, dk_rest, dv_rest, k, v, (q_base, dout_base, statistics), (q_desc, dout_desc, statistics_desc),
-                (stride_qh, stride_doh, stride_sh, stride_sp), b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
+                dk, dv, dk_rest, dv_rest, k, v, j, (q_base, dout_base, statistics, first_ptr, last_ptr),
+                (q_desc, dout_desc, statistics_desc), (stride_qh, stride_doh, stride_sh, stride_sp),
+                b, head, t0, hi_last, lo, hi, softmax_scale, softcap,
                 False, OPTIONS,
             )  # fmt: skip
     dk = dk * softmax_scale
@@ -399,6 +421,7 @@ def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strid
         **strides("dq", dq_strides),
         **dlse_arguments(dlse_strides),
         **statistics_strides(problem),
+        HAS_KEY_RANGES=call.mask.key_ranges is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
@@ -411,7 +434,7 @@ def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strid
 
 @planned
 def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: bool) -> tuple:
-    """The launch, whether it takes descriptors."""
+    """The launch, whether it takes descriptors, keys of a tile."""
     call, config = problem.call, dkv_config(problem)
     tma = aligned and config.tma and problem.pack >= MIN_TMA_PACK
     tokens, out_shape = config.block_m // problem.pack, (*call.q.shape[:3], call.v.shape[-1])
@@ -432,6 +455,7 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
         **strides("dk", dk_strides),
         **strides("dv", dv_strides),
         **statistics_strides(problem),
+        HAS_KEY_RANGES=call.mask.key_ranges is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
@@ -439,7 +463,7 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return launch, tma
+    return launch, tma, config.block_n
 
 
 def statistics_strides(problem: Problem) -> dict:
@@ -467,6 +491,7 @@ def statistics_blocks(problem: Problem, tokens: int) -> Blocks:
 def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) -> None:
     """Write dq, and dk, dv, dsinks unless None. dlse (B, Hq, Sq) or None. Every element is written."""
     call, mask_tensors = problem.call, problem.mask_tensors()
+    query_side = query_side_tensors(problem, mask_tensors)
     dlse_strides = None if dlse is None else dlse.stride()
     aligned = use_tma(problem, call.q, call.k, call.v, dout)
     launch, parts, tma = _dq_plan(problem, out.stride(), dout.stride(), dq.stride(), dlse_strides, aligned)
@@ -486,10 +511,10 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
         dq_ptr=dq,
         statistics_ptr=statistics,
         dsink_ptr=dsink_parts,
-        **mask_tensors,
+        **query_side,
     )
     if dk is not None:
-        launch, tma = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
+        launch, tma, tile = _dkv_plan(problem, dout.stride(), dk.stride(), dv.stride(), aligned)
         launch(
             q_ptr=call.q,
             k_ptr=call.k,
@@ -501,7 +526,7 @@ def launch_backward(problem: Problem, out, lse, dout, dlse, dq, dk, dv, dsinks) 
             dout_ptr=dout,
             dk_ptr=dk,
             dv_ptr=dv,
-            **mask_tensors,
+            **key_side_tensors(problem, mask_tensors, query_side["ranges_ptr"], tile),
         )
     if dsinks is not None:
         sum_rows(dsink_parts, dsinks)

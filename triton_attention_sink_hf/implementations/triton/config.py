@@ -3,6 +3,9 @@
 Rows of a query tile are tokens times packed heads. Shared memory holds the query side once and the key side
 ``num_stages`` times, so tiles shrink as D grows: 227 KB on sm90 and sm100, 163 on sm80, 99 on sm86, sm89 and sm120,
 64 on gfx942.
+
+"huge" (D above 256) is made to be right and to fit, not tuned. On NVIDIA its fp32 dq spills 2 KB a thread: a product in
+fp32 holds a row of 512 columns of q and one of dout in a thread's registers, with any tile that was tried.
 """
 
 from __future__ import annotations
@@ -33,9 +36,9 @@ class KernelConfig:
 
 
 def _size_class(problem) -> str:
-    """Tile sizes follow the wider side's padded head dimension (up to 64, 128, 256), and fp32 stands apart."""
+    """Tile sizes follow the wider side's padded head dimension (up to 64, 128, 256, 512), and fp32 stands apart."""
     width = max(problem.block_d, problem.block_dv)
-    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide"
+    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide" if width <= 256 else "huge"
     return f"fp32 {name}" if problem.call.q.element_size() == 4 else name
 
 
@@ -45,26 +48,32 @@ _FORWARD = {
     "narrow": KernelConfig(128, 64, 4, 3),
     "medium": KernelConfig(128, 64, 8, 2),
     "wide": KernelConfig(64, 32, 4, 2),
+    "huge": KernelConfig(32, 32, 8, 1),
     "fp32 narrow": KernelConfig(64, 32, 8, 2),
     "fp32 medium": KernelConfig(32, 16, 8, 1),
     "fp32 wide": KernelConfig(32, 16, 8, 1),
+    "fp32 huge": KernelConfig(16, 16, 8, 1),
 }
 _DQ = {
     "narrow": KernelConfig(64, 64, 4, 2),
     "medium": KernelConfig(64, 32, 4, 2),
     "wide": KernelConfig(32, 32, 4, 1),
+    "huge": KernelConfig(32, 16, 8, 1),
     "fp32 narrow": KernelConfig(32, 32, 8, 1),
     "fp32 medium": KernelConfig(16, 16, 8, 1),
     "fp32 wide": KernelConfig(16, 16, 8, 1),
+    "fp32 huge": KernelConfig(8, 16, 8, 1),
 }
 # dk and dv are two accumulators of block_n rows: with 4 warps those of D = 128 spill.
 _DKV = {
     "narrow": KernelConfig(64, 64, 4, 2),
     "medium": KernelConfig(32, 64, 8, 2),
     "wide": KernelConfig(32, 32, 8, 1),
+    "huge": KernelConfig(16, 16, 8, 1),
     "fp32 narrow": KernelConfig(32, 32, 8, 1),
     "fp32 medium": KernelConfig(16, 32, 8, 1),
     "fp32 wide": KernelConfig(16, 16, 8, 1),
+    "fp32 huge": KernelConfig(16, 8, 8, 1),
 }
 
 
@@ -80,12 +89,19 @@ _MMA_SYNC = {
 }
 # A wave of 64 lanes: 8 warps are 512 threads, which halves the registers of each.
 _CDNA = {
-    "dq": {"fp32 wide": KernelConfig(16, 16, 4, 1)},
+    "forward": {"huge": KernelConfig(32, 32, 4, 1), "fp32 huge": KernelConfig(16, 16, 4, 1)},
+    "dq": {
+        "huge": KernelConfig(32, 16, 4, 1),
+        "fp32 wide": KernelConfig(16, 16, 4, 1),
+        "fp32 huge": KernelConfig(16, 16, 4, 1),
+    },
     "dkv": {
         "narrow": KernelConfig(32, 32, 4, 2),
         "medium": KernelConfig(16, 64, 4, 2),
         "wide": KernelConfig(32, 16, 4, 1),
+        "huge": KernelConfig(16, 16, 4, 1),
         "fp32 wide": KernelConfig(16, 16, 4, 1),
+        "fp32 huge": KernelConfig(16, 16, 4, 1),
     },
 }
 # Measured on an H100 (benchmarks/LOG.md). Some keep a few registers in memory and are still the fastest tiles.
@@ -121,6 +137,8 @@ def _config(kernel: str, problem) -> KernelConfig:
     overrides = _OVERRIDES.get(problem.target, {}).get(kernel, {})
     if problem.target == "sm90" and problem.call.softcap > 0.0:
         overrides = {}  # these tiles leave no registers for a softcap
+    if problem.target == "sm90" and kernel == "dkv" and name != "narrow" and problem.call.mask.key_ranges is not None:
+        overrides = {}  # nor these for the ranges of a tile's queries
     return overrides.get(name, _DEFAULT[kernel][name])
 
 

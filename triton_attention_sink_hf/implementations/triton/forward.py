@@ -5,7 +5,8 @@ from typing import NamedTuple
 import triton
 import triton.language as tl
 
-from ..common.masks import query_interval, tile_plan
+from ..common.key_ranges import query_side_tensors
+from ..common.masks import query_interval, tile_bounds, tile_plan
 from ..common.primitives import factor_and_lse, load_tile, matmul, row_offsets, scaled, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
@@ -72,6 +73,7 @@ def _attn_fwd_kernel(
     stride_vb, stride_vt, stride_vh, stride_vd, stride_ob, stride_ot, stride_oh, stride_od, stride_pb, stride_pt,
     HAS_SINK: tl.constexpr, HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr,
     HAS_SEQUSED: tl.constexpr, HAS_PADDING: tl.constexpr, PRESCALE: tl.constexpr, HAS_SOFTCAP: tl.constexpr,
+    HAS_KEY_RANGES: tl.constexpr,
     D: tl.constexpr, DV: tl.constexpr, BLOCK_D: tl.constexpr, BLOCK_DV: tl.constexpr, PACK: tl.constexpr,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
@@ -96,15 +98,19 @@ def _attn_fwd_kernel(
     heads = head + rows % PACK
     valid = i < seqlen_q
     lo, hi = query_interval(
-        i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-    )
-    lo_first, hi_first = query_interval(
-        token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-    )
-    lo_last, hi_last = query_interval(
-        token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
-        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+        i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED, HAS_KEY_RANGES,
     )  # fmt: skip
+    if HAS_KEY_RANGES:
+        lo_first, hi_first, lo_last, hi_last = tile_bounds(lo, hi)
+    else:
+        lo_first, hi_first = query_interval(
+            token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+        )
+        lo_last, hi_last = query_interval(
+            token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+            HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+        )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
 
     q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -154,6 +160,7 @@ def _plan(problem: Problem, out_strides) -> Launch:
         **strides("k", call.k.stride()),
         **strides("v", call.v.stride()),
         **strides("o", out_strides),
+        HAS_KEY_RANGES=call.mask.key_ranges is not None,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         STAGES=config.num_stages,
@@ -173,5 +180,5 @@ def launch_forward(problem: Problem, out, lse) -> None:
         sink_ptr=problem.sinks,
         out_ptr=out,
         lse_ptr=lse,
-        **problem.mask_tensors(),
+        **query_side_tensors(problem, problem.mask_tensors()),
     )

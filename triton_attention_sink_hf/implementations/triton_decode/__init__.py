@@ -18,6 +18,8 @@ def supports(call: Call) -> str | None:
     """Why these kernels cannot serve ``call``; None if they can."""
     if call.mask.packed:
         return "the decode kernels take no packed rows (cu_seqlens): pass a batch of them, or a block_table"
+    if call.mask.key_ranges is not None:
+        return "only the portable triton kernels and the reference take key_ranges"
     return portable.limits(call)
 
 

@@ -32,19 +32,21 @@ _CONFIGS = {
     "narrow": DecodeConfig(64, num_warps=2, num_stages=3, per_sm=2),
     "medium": DecodeConfig(64, num_warps=4, num_stages=3, per_sm=1),
     "wide": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=2, max_rows=32),
+    "huge": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2, max_rows=16),
     "fp32 narrow": DecodeConfig(32, num_warps=4, num_stages=2, per_sm=4, max_rows=32),
     "fp32 medium": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2, max_rows=16),
     "fp32 wide": DecodeConfig(16, num_warps=8, num_stages=2, per_sm=2, max_rows=16),
+    "fp32 huge": DecodeConfig(16, num_warps=8, num_stages=1, per_sm=2, max_rows=16),
 }
 
 START = 2  # tiles that a program's start and end cost: its loads wait for nothing before them
 REDUCE = 4  # tiles that the second launch costs
-MAX_REDUCE = 64  # partial results that a program of the reduction holds at once
+MAX_REDUCE = 64  # partial results that a program of the reduction holds at once, of up to 256 columns
 
 
 def decode_config(problem) -> DecodeConfig:
     width = max(problem.block_d, problem.block_dv)
-    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide"
+    name = "narrow" if width <= 64 else "medium" if width <= 128 else "wide" if width <= 256 else "huge"
     config = _CONFIGS[f"fp32 {name}" if problem.call.q.element_size() == 4 else name]
     rows = block_m(problem, config)
     if rows > 16:  # more rows, more registers

@@ -49,7 +49,8 @@ def _decode_reduce_kernel(
 
 @planned
 def _plan(problem: Problem, out_strides, n_splits: int) -> Launch:
-    dv, block_s = problem.call.v.shape[-1], min(next_power_of_2(n_splits), MAX_REDUCE)
+    dv = problem.call.v.shape[-1]
+    block_s = min(next_power_of_2(n_splits), MAX_REDUCE if padded(dv) <= 256 else MAX_REDUCE // 2)
     return Launch(
         _decode_reduce_kernel,
         (problem.batch * problem.heads_q * problem.seqlen_q,),

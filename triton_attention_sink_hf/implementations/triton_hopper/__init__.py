@@ -28,14 +28,16 @@ def supports(call: Call) -> str | None:
         return f"the Hopper kernels need {TARGETS[0]}, got {target}"
     if call.deterministic and _fused(call):
         return "the Hopper kernels add dq in no fixed order, and deterministic gradients were asked for"
+    if mask.key_ranges is not None:
+        return "only the portable triton kernels and the reference take key_ranges"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
         return "the Hopper kernels take neither key_padding_mask nor seqused_k"
     if call.softcap > 0.0 or call.softmax_scale <= 0.0:
         return "the Hopper kernels take a positive softmax_scale and no softcap"
     if q.dtype not in (torch.bfloat16, torch.float16):
         return f"the Hopper kernels take bfloat16 or float16, got {q.dtype}"
-    if max(q.shape[-1], v.shape[-1]) <= 32:
-        return "the Hopper kernels take head dimensions above 32"
+    if not 32 < max(q.shape[-1], v.shape[-1]) <= 256:
+        return "the Hopper kernels take head dimensions above 32 and up to 256"
     for name, x in (("q", q), ("k", k), ("v", v)):
         if not addressable(x):
             return f"{name} must be 16-byte aligned with a contiguous last dimension for Hopper's copy engine"

@@ -19,6 +19,8 @@ from .forward import launch_forward
 def supports(call: Call) -> str | None:
     """Why these kernels cannot serve ``call``; None if they can."""
     mask = call.mask
+    if mask.key_ranges is not None:
+        return "only the portable triton kernels and the reference take key_ranges"
     if not 0 <= mask.left <= MAX_LEFT or mask.right != 0:
         return f"the window kernels take causal windows of at most {MAX_LEFT + 1} keys, got {(mask.left, mask.right)}"
     if mask.key_padding_mask is not None or mask.seqused_k is not None:
