@@ -157,7 +157,7 @@ CASES = {
     "packed 4-D": (
         ValueError,
         _packed(q=torch.zeros(B, S, HQ, D)),
-        r"q must be \(T, H, D\) with cu_seqlens, got shape",
+        r"q must be \(T, H, D\) or \(1, T, H, D\) with cu_seqlens, got shape",
     ),
     "packed padding": (
         ValueError,
@@ -196,6 +196,19 @@ def test_explain_refuses_the_same(name):
 def test_good_input_passes():
     assert attention_sink(**_good()).shape == (B, S, HQ, D)
     assert attention_sink(**_packed(max_seqlen_q=8, max_seqlen_k=100)).shape == (B * S, HQ, D)
+
+
+@pytest.mark.parametrize("by_token", [False, True])
+def test_packed_rows_keep_a_batch_dimension_of_one(by_token):
+    flat = _packed()
+    if by_token:
+        flat["sinks"] = torch.randn(HQ, B * S)
+    out, lse = attention_sink(**flat, return_lse=True)
+    rows = {name: flat[name][None] for name in "qkv"}
+    whole = attention_sink(**{**flat, **rows}, return_lse=True)
+    assert torch.equal(whole[0], out[None]) and torch.equal(whole[1], lse[None])
+    with pytest.raises(ValueError, match="q must be"):
+        attention_sink(**{**flat, "q": rows["q"]})
 
 
 def test_positional_arguments_end_at_sinks():
