@@ -1,5 +1,6 @@
 """Test setup: Triton is interpreted where there is no GPU, uninitialised memory is poison, seeds are fixed."""
 
+import importlib.util
 import os
 
 import torch
@@ -9,6 +10,11 @@ if not GPU:
     os.environ["TRITON_INTERPRET"] = "1"  # read when triton is imported, so before anything below imports it
 
 import pytest  # noqa: E402
+
+if not GPU and importlib.util.find_spec("triton"):
+    import quick_interpreter
+
+    quick_interpreter.install()
 
 NO_GPU = "needs a GPU, and torch sees none (run `make gpu-test` on a machine with one)"
 
