@@ -1,0 +1,31 @@
+"""What a compiled kernel may take of each architecture: shared memory, and registers that are kept in memory."""
+
+from __future__ import annotations
+
+SHARED_MEMORY = {
+    "sm80": 166_912,
+    "sm86": 101_376,
+    "sm89": 101_376,
+    "sm90": 232_448,
+    "sm100": 232_448,
+    "sm120": 101_376,
+    "gfx942": 65_536,
+    "gfx950": 163_840,
+}
+# Bytes of stack a thread (AMD: registers) that may spill. A few words outside a loop cost nothing that can be measured;
+# fp32 holds its operands in registers, which ptxas does not fit at D of 128 and 256 with any tile that was tried.
+SPILLED, SPILLED_FP32 = 32, 288
+# The tiles for Hopper are those that an H100 ran fastest: without spills dk, dv took a quarter longer (LOG.md). With
+# triton 3.6 none needs more than 128 bytes; 3.9 has 328 for dk, dv of packed rows at D of 256.
+SPILLED_MEASURED = {"sm90": 256}
+
+
+def spill_budget(target: str, case: str) -> int:
+    """Of a case of ``compile_target.py``, by its name."""
+    return SPILLED_FP32 if case.startswith("fp32") else SPILLED_MEASURED.get(target, SPILLED)
+
+
+def exceeds(target: str, row: dict) -> bool:
+    """Whether a kernel (a row of ``compile_target.py``) does not fit, spills too much or reads unwritten registers."""
+    too_large = row["shared"] > SHARED_MEMORY[target]
+    return too_large or row["spilled"] > spill_budget(target, row["case"]) or bool(row.get("unwritten"))
