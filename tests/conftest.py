@@ -25,7 +25,12 @@ def pytest_report_header(config):
     )
 
 
+LONG = ("test_verl.py", "test_sft.py", "test_sequence_parallel.py", "test_compile_targets.py", "test_model_sweep.py")
+
+
 def pytest_collection_modifyitems(items):
+    # Minutes that cannot be divided come first: at the end one worker would wait for the other.
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
     if GPU:
         return
     for item in items:

@@ -110,7 +110,9 @@ def test_the_criterion_sees_shards_taken_for_rows(sharded_distances):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by, ranks", [("name", 1), ("path", 1), ("name", 2)])
+@pytest.mark.parametrize(
+    "by, ranks", [("name", 1), pytest.param("path", 1, marks=pytest.mark.exhaustive), ("name", 2)]
+)
 def test_main_ppo_by_one_config_line(demo, tmp_path, by, ranks):
     """The unmodified trainer, in a folder with a space; the package comes in by its entry point."""
     package = Path(importlib.util.find_spec("triton_attention_sink_hf").origin).parent
