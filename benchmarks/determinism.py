@@ -53,7 +53,10 @@ CASES = {
     "fp32": Case(700, heads=(8, 2), head_dim=64, dlse=True),
     "decode": Case(1, 20_000, batch=4, heads=(64, 8), head_dim=64, dtype=BF16, used=(20_000, 1, 7_000, 0)),
 }
-SMALL = {"full": Case(20, heads=(4, 2), head_dim=16), "packed": Case(20, heads=(4, 2), head_dim=16, lengths_q=(7, 0, 9))}
+SMALL = {
+    "full": Case(20, heads=(4, 2), head_dim=16),
+    "packed": Case(20, heads=(4, 2), head_dim=16, lengths_q=(7, 0, 9)),
+}
 Results = dict[str, Tensor]
 
 

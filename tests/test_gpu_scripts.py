@@ -1,4 +1,4 @@
-"""benchmarks/random_calls.py and hf_route.py at toy size: what they report is what happened."""
+"""The scripts of benchmarks/ for a GPU, at toy size: what they report is what happened."""
 
 import json
 import sys
@@ -6,12 +6,15 @@ import sys
 import drawn_calls
 import pytest
 import torch
+from launchers import LAUNCHERS
 from processes import INTERPRETED_AS_HERE, ROOT, python
 
 pytest.importorskip("transformers")
 FOLDER = ROOT / "benchmarks"
 sys.path.insert(0, str(FOLDER))
+import determinism  # noqa: E402
 import random_calls  # noqa: E402
+import sanitized  # noqa: E402
 
 from triton_attention_sink_hf import attention_sink  # noqa: E402
 
@@ -99,3 +102,59 @@ def test_the_route_is_checked_and_compared(tmp_path):
     for row in data["rows"]:
         assert max(row["errors"].values()) < 0.01 and row["ratio_min"] <= row["ratio"] <= row["ratio_max"]
     assert {row["case"] for row in data["forward of a model"]} == {"rl-d64", "rl-d64-window128"}
+
+
+def test_bits_that_differ_are_counted(tmp_path, monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["determinism.py", "--output", str(tmp_path), "--smoke"])
+    assert determinism.main() == 0
+    data = json.loads((tmp_path / "determinism.json").read_text())
+    assert set(data["different"]) == {"full", "packed", "positions"} and data["failed"] == []
+    calls = iter(range(10**6))
+    right = determinism.compute
+
+    def every_third_is_off(*arguments):
+        results = right(*arguments)
+        return results | {"dq": results["dq"] + (next(calls) % 3 == 0)}
+
+    monkeypatch.setattr(determinism, "compute", every_third_is_off)
+    assert determinism.main() == 1
+    data = json.loads((tmp_path / "determinism.json").read_text())
+    assert data["failed"] == ["full", "packed"]
+    assert all(data["different"]["full"][check] > 0 for check in ("repeated", "streams", "threads"))
+
+
+SANITIZER = """#!/bin/sh
+echo "========= COMPUTE-SANITIZER"
+echo "$@" | grep -q -- "--tool {tool} .*sanitized.py --work" && echo "========= {summary}"
+"""
+
+
+@pytest.mark.parametrize(
+    ("tool", "summary", "errors", "status"),
+    [
+        ("memcheck", "ERROR SUMMARY: 0 errors", 0, 0),
+        ("memcheck", "ERROR SUMMARY: 1 error", 1, 1),
+        ("racecheck", "RACECHECK SUMMARY: 12 hazards displayed (11 errors, 1 warning)", 12, 1),
+        ("synccheck", "Target application terminated", None, 1),
+    ],
+)
+def test_what_the_sanitizer_says_is_reported(tmp_path, monkeypatch, tool, summary, errors, status):
+    program = tmp_path / "compute-sanitizer"
+    program.write_text(SANITIZER.format(tool=tool, summary=summary))
+    program.chmod(0o755)
+    monkeypatch.setattr(sanitized, "work", lambda: ["a call"])
+    arguments = ["sanitized.py", "--tool", tool, "--output", str(tmp_path), "--sanitizer", str(program)]
+    monkeypatch.setattr(sys, "argv", arguments)
+    assert sanitized.main() == status
+    data = json.loads((tmp_path / f"sanitizer-{tool}.json").read_text())
+    assert data["errors"] == errors and data["calls"] == ["a call"] and summary in data["said"][1]
+    monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "nowhere")])
+    assert sanitized.main() == 2
+
+
+def test_every_launcher_has_a_call_for_the_sanitizer():
+    backends = {launcher.backend for launcher in LAUNCHERS}
+    assert set(sanitized.CASES) == backends
+    for launcher in LAUNCHERS:
+        cases = [case for cases in sanitized.CASES.values() for case in cases.values()]
+        assert any(launcher.serves(case, "sm90") for case in cases), launcher.module
