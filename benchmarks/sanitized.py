@@ -46,6 +46,7 @@ CASES = {
     },
     "triton_window": {
         "window": Case(200, heads=(8, 1), head_dim=64, dtype=BF16, window=(127, 0)),
+        "window in one kernel": Case(1100, heads=(8, 1), head_dim=64, dtype=BF16, window=(127, 0)),
         "packed": Case(sum(LENGTHS), heads=(8, 2), head_dim=80, dtype=BF16, window=(30, 0), lengths_q=LENGTHS),
     },
     "triton_hopper": {

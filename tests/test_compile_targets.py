@@ -61,6 +61,27 @@ def test_every_launcher_is_listed():
     assert modules == {launcher.module for launcher in LAUNCHERS}
 
 
+def test_the_committed_table_is_whole_and_within_budget():
+    """benchmarks/ARCHITECTURES.md; after a change of kernels or configs: make arch-table."""
+    sys.path.insert(0, str(TESTS.parent / "benchmarks"))
+    import architectures
+
+    data = json.loads(architectures.RESULTS.read_text())
+    assert architectures.PAGE.read_text() == architectures.page(data)
+    assert any(set(targets) == set(SHARED_MEMORY) for targets in data.values())
+    kernels = {name for launcher in LAUNCHERS for name in launcher.kernels}
+    for triton, targets in data.items():
+        for target, table in targets.items():
+            rows = [
+                {"case": case, **dict(zip(architectures.COLUMNS, numbers, strict=True))}
+                for cases in table.values()
+                for case, numbers in cases.items()
+            ]
+            wrong = [row for row in rows if exceeds(target, row)]
+            assert rows and not wrong, (triton, target, wrong)
+        assert "sm90" not in targets or kernels <= set(targets["sm90"]), "a kernel is new: make arch-table"
+
+
 @pytest.mark.exhaustive
 @pytest.mark.parametrize("target", SHARED_MEMORY)
 def test_everything_compiles_and_fits(target):
