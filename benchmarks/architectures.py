@@ -67,16 +67,27 @@ def page(data: dict) -> str:
     parts = [HEAD]
     for triton, targets in sorted(data.items()):
         names = [name for name in SHARED_MEMORY if name in targets]
-        kernels = sorted({kernel for table in targets.values() for kernel in table})
+        tables = {name: _apart(targets[name]) for name in names}
+        kernels = sorted({kernel for table in tables.values() for kernel in table})
         lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for kernel in kernels:
-            cells = [_cell(name, targets[name].get(kernel)) for name in names]
-            lines.append(f"| `{kernel.strip('_').removesuffix('_kernel')}` | {' | '.join(cells)} |")
+            cells = [_cell(name, tables[name].get(kernel)) for name in names]
+            lines.append(f"| {kernel} | {' | '.join(cells)} |")
         budgets = [(spill_budget(name, "bf16"), spill_budget(name, "fp32"), SHARED_MEMORY[name]) for name in names]
         cells = [f"{usual} / {fp32} / {shared / 1024:.0f}" for usual, fp32, shared in budgets]
         lines.append(f"| budget | {' | '.join(cells)} |")
         parts.append(f"## triton {triton}\n\n" + "\n".join(lines) + "\n")
     return "\n".join(parts)
+
+
+def _apart(table: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, list[int]]]:
+    """A table with short names of kernels, and what they take in fp32 as kernels of their own."""
+    parts: dict[str, dict[str, list[int]]] = {}
+    for kernel, cases in table.items():
+        for case, numbers in cases.items():
+            name = f"`{kernel.strip('_').removesuffix('_kernel')}`" + " fp32" * case.startswith("fp32")
+            parts.setdefault(name, {})[case] = numbers
+    return parts
 
 
 def _cell(target: str, cases: dict[str, list[int]] | None) -> str:
