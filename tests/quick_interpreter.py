@@ -14,8 +14,10 @@ import functools
 import types
 
 import numpy
+from triton.language.semantic import TritonSemantic
 from triton.runtime import interpreter
 
+CHECK = "binary_op_sanitize_overflow_impl"
 EXACT = {"add": numpy.add, "sub": numpy.subtract, "mul": numpy.multiply}
 raises = True  # where integers overflow
 
@@ -24,9 +26,8 @@ def install() -> None:
     """Once in a process."""
     if hasattr(interpreter, "_LangPatchScope"):
         interpreter._patch_lang = _once_a_launch(interpreter._patch_lang)
-    semantic = getattr(interpreter, "interpreter_semantic", None)
-    if hasattr(semantic, "binary_op_sanitize_overflow_impl"):
-        semantic.binary_op_sanitize_overflow_impl = _refuse_overflow
+    if hasattr(TritonSemantic, CHECK):
+        setattr(TritonSemantic, CHECK, _raising(getattr(TritonSemantic, CHECK)))
 
 
 def _once_a_launch(patch):
@@ -57,12 +58,18 @@ def _once_a_launch(patch):
     return patch_lang
 
 
-def _refuse_overflow(lhs, rhs, binary_op) -> None:
-    """As ``TritonSemantic.binary_op_sanitize_overflow_impl``."""
-    bits = lhs.type.scalar.int_bitwidth
-    if bits >= 64 or not raises or not interpreter.interpreter_builder.options.sanitize_overflow:
-        return
-    assert lhs.type.scalar == rhs.type.scalar, f"expected matching operand types, got {lhs.type} and {rhs.type}"
-    exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=numpy.int64)
-    low, high = lhs.type.scalar.get_int_min_value(), lhs.type.scalar.get_int_max_value()
-    assert ((low <= exact) & (exact <= high)).all(), f"int{bits} overflow detected for operation {binary_op.__name__}"
+def _raising(check):
+    @functools.wraps(check)
+    def refuse_overflow(self, lhs, rhs, binary_op) -> None:
+        if not isinstance(self.builder, interpreter.InterpreterBuilder):
+            check(self, lhs, rhs, binary_op)
+            return
+        scalar = lhs.type.scalar
+        if scalar.int_bitwidth >= 64 or not raises or not self.builder.options.sanitize_overflow:
+            return
+        assert scalar == rhs.type.scalar, f"expected matching operand types, got {lhs.type} and {rhs.type}"
+        exact = EXACT[binary_op.__name__](lhs.handle.data, rhs.handle.data, dtype=numpy.int64)
+        inside = (scalar.get_int_min_value() <= exact) & (exact <= scalar.get_int_max_value())
+        assert inside.all(), f"int{scalar.int_bitwidth} overflow detected for operation {binary_op.__name__}"
+
+    return refuse_overflow
