@@ -71,7 +71,8 @@ def page(data: dict) -> str:
         kernels = sorted({kernel for table in tables.values() for kernel in table})
         lines = [f"| | {' | '.join(names)} |", "|---" * (len(names) + 1) + "|"]
         for kernel in kernels:
-            cells = [_cell(name, tables[name].get(kernel)) for name in names]
+            full = f"_{kernel.split('`')[1]}_kernel"
+            cells = [_cell(name, full, tables[name].get(kernel)) for name in names]
             lines.append(f"| {kernel} | {' | '.join(cells)} |")
         budgets = [(spill_budget(name, "bf16"), spill_budget(name, "fp32"), SHARED_MEMORY[name]) for name in names]
         cells = [f"{usual} / {fp32} / {shared / 1024:.0f}" for usual, fp32, shared in budgets]
@@ -90,10 +91,10 @@ def _apart(table: dict[str, dict[str, list[int]]]) -> dict[str, dict[str, list[i
     return parts
 
 
-def _cell(target: str, cases: dict[str, list[int]] | None) -> str:
+def _cell(target: str, kernel: str, cases: dict[str, list[int]] | None) -> str:
     if cases is None:
         return ""
-    rows = [dict(zip(COLUMNS, numbers, strict=True), case=case) for case, numbers in cases.items()]
+    rows = [dict(zip(COLUMNS, numbers, strict=True), case=case, kernel=kernel) for case, numbers in cases.items()]
     most = {name: max(row[name] for row in rows) for name in COLUMNS}
     text = f"{most['registers']} / {most['spilled']} / {most['shared'] / 1024:.0f}"
     return f"**{text}**" if any(exceeds(target, row) for row in rows) else text

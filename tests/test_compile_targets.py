@@ -73,8 +73,8 @@ def test_the_committed_table_is_whole_and_within_budget():
     for triton, targets in data.items():
         for target, table in targets.items():
             rows = [
-                {"case": case, **dict(zip(architectures.COLUMNS, numbers, strict=True))}
-                for cases in table.values()
+                {"kernel": kernel, "case": case, **dict(zip(architectures.COLUMNS, numbers, strict=True))}
+                for kernel, cases in table.items()
                 for case, numbers in cases.items()
             ]
             wrong = [row for row in rows if exceeds(target, row)]
