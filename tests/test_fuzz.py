@@ -20,10 +20,12 @@ QUICK = settings(
     suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
 LONG = settings(QUICK, max_examples=1500, derandomize=False)
-interpreted = [
-    pytest.mark.usefixtures("poisoned_empty", "bounds_checked"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
+
+
+def interpreted(test):
+    """Poisoned memory, checked addresses; numpy may warn of infinities."""
+    test = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")(test)
+    return pytest.mark.usefixtures("poisoned_empty", "bounds_checked")(test)
 
 
 @st.composite
@@ -58,13 +60,11 @@ def test_the_reference_is_what_the_formulas_say(drawn):
     check_reference(drawn)
 
 
+@interpreted
 @QUICK
 @given(drawn=calls())
 def test_any_call_is_within_budget(drawn):
     check_kernels(drawn)
-
-
-test_any_call_is_within_budget.pytestmark = interpreted
 
 
 @pytest.mark.exhaustive
@@ -75,10 +75,8 @@ def test_many_references_are_what_the_formulas_say(drawn):
 
 
 @pytest.mark.exhaustive
+@interpreted
 @LONG
 @given(drawn=calls())
 def test_many_calls_are_within_budget(drawn):
     check_kernels(drawn)
-
-
-test_many_calls_are_within_budget.pytestmark += interpreted
