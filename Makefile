@@ -23,10 +23,12 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRA
 HOSTS ?=
 HOST_ENVIRONMENTS ?= .venv-hosts
 
-.PHONY: help demo test hosts lint gpu-demo gpu-test bench clean
+.PHONY: help demo test nightly arch-table hosts lint gpu-demo gpu-test bench clean
 help:
 	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
+	@echo "make nightly   and what make test samples: every kernel on every architecture, thousands of random calls (hours)"
+	@echo "make arch-table  registers, spills and shared memory of every kernel on every architecture (half an hour a Triton)"
 	@echo "make hosts     other trainers with this attention, each in an environment of its own (40 minutes; HOSTS=\"TRL Axolotl\")"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make gpu-demo  verl's trainer with vLLM on a GPU, against eager (10 minutes; MODEL=\"gpt_oss llama\", ATTN, STEPS, SP)"
@@ -39,6 +41,12 @@ demo: $(VENV)/installed
 
 test: $(VENV)/installed
 	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "not gpu and not exhaustive" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)
+
+nightly: test
+	OMP_NUM_THREADS=1 $(VENV)/bin/python -m pytest tests -m "exhaustive and not gpu" -n 2 --dist loadgroup -rs $(PYTEST_ARGS)
+
+arch-table: $(VENV)/installed
+	$(VENV)/bin/python benchmarks/architectures.py
 
 hosts:
 	$(PYTHON) tests/hosts/run.py $(HOSTS) --environments $(HOST_ENVIRONMENTS)

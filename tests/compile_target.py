@@ -2,17 +2,17 @@
 
 The launchers themselves run, on tensors without memory. A stand-in for Triton's driver names the target, and every
 launch only compiles. So the arguments, their specialisation and the configs are the real ones. Prints one JSON object
-per line: kernel, case, shared memory in bytes, spilled registers (CUDA: stack bytes per thread), reads of unwritten
-registers (``sass.py``; Hopper only).
+per line: kernel, case, warps, registers a thread, shared memory in bytes, spilled registers (CUDA: stack bytes per
+thread), reads of unwritten registers (``sass.py``; Hopper only). ``--launcher MODULE``: that launcher alone.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import re
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 
@@ -117,8 +117,8 @@ def target_of(name: str) -> GPUTarget:
     return GPUTarget("hip", name, 64)
 
 
-def compile_case(case: Case) -> list[tuple[str, object]]:
-    """Kernel names and compiled kernels of every launcher that serves ``case``."""
+def compile_case(case: Case, only: str | None = None) -> list[tuple[str, object]]:
+    """Kernel names and compiled kernels of every launcher that serves ``case``, or of the module ``only``."""
     compiled = []
     run = triton.JITFunction.run
 
@@ -134,7 +134,7 @@ def compile_case(case: Case) -> list[tuple[str, object]]:
         gradients = [torch.empty_like(x) for x in (q, k, v)]
         gradients.append(None if problem.call.sinks is None else problem.call.sinks.new_empty(q.shape[2]))
         for launcher in LAUNCHERS:
-            if not launcher.serves(case, problem.target):
+            if only not in (None, launcher.module) or not launcher.serves(case, problem.target):
                 continue
             if launcher.is_forward:
                 launcher.launch(problem, out, lse)
@@ -159,10 +159,11 @@ def _compile_pages(launcher, case: Case, out: torch.Tensor, lse: torch.Tensor) -
     append_keys(call.k, call.v, new_k, new_v, call.mask.seqused_k, call.block_table)
 
 
-def spilled(kernel) -> int:
-    """Registers in memory: what cuobjdump (of Triton's own wheel) or the AMD assembler says."""
+def registers(kernel) -> tuple[int, int]:
+    """Registers of a thread and those in memory, by cuobjdump (of Triton's own wheel) or the AMD assembler."""
     if "amdgcn" in kernel.asm:
-        return sum(int(n) for n in re.findall(r"\.vgpr_spill_count:\s*(\d+)", kernel.asm["amdgcn"]))
+        found = dict(re.findall(r"\.(vgpr_count|vgpr_spill_count):\s*(\d+)", kernel.asm["amdgcn"]))
+        return int(found["vgpr_count"]), int(found["vgpr_spill_count"])
     tool = os.path.join(os.path.dirname(triton.__file__), "backends", "nvidia", "bin", "cuobjdump")
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(kernel.asm["cubin"])
@@ -170,15 +171,17 @@ def spilled(kernel) -> int:
         usage = subprocess.run([tool, "-res-usage", file.name], capture_output=True, text=True, check=True)
     found = re.search(r"REG:(\d+) STACK:(\d+).*LOCAL:(\d+)", usage.stdout + usage.stderr)
     assert found, f"cuobjdump says nothing about registers: {usage.stdout}"
-    return int(found[2]) + int(found[3])
+    return int(found[1]), int(found[2]) + int(found[3])
 
 
-def main(target: str, cases: dict[str, Case]) -> None:
+def main(target: str, cases: dict[str, Case], only: str | None = None) -> None:
     driver.set_active(Driver(target_of(target)))
     common_problem.target_name = lambda device: target
     for name, case in cases.items():
-        for kernel_name, kernel in compile_case(case):
-            row = {"kernel": kernel_name, "case": name, "shared": kernel.metadata.shared, "spilled": spilled(kernel)}
+        for kernel_name, kernel in compile_case(case, only):
+            used, spilled = registers(kernel)
+            row = {"kernel": kernel_name, "case": name, "warps": kernel.metadata.num_warps, "registers": used}
+            row |= {"shared": kernel.metadata.shared, "spilled": spilled}
             if target == "sm90":
                 with tempfile.TemporaryDirectory() as folder:
                     row["unwritten"] = unwritten(disassemble(kernel.asm["cubin"], Path(folder)))[:3]
@@ -186,5 +189,10 @@ def main(target: str, cases: dict[str, Case]) -> None:
 
 
 if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("target")
+    parser.add_argument("cases", nargs="*")
+    parser.add_argument("--launcher")
+    arguments = parser.parse_args()
     every = {**CASES, **ALL}
-    main(sys.argv[1], {name: every[name] for name in sys.argv[2:]} or every)
+    main(arguments.target, {name: every[name] for name in arguments.cases} or every, arguments.launcher)

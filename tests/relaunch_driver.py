@@ -1,10 +1,9 @@
-"""``python relaunch_driver.py TEST``: tests of relaunch.py under a driver that records launches (test_relaunch.py)."""
+"""Tests of relaunch.py under a driver that records launches: ``python in_forks.py relaunch_driver TEST...``."""
 
 from __future__ import annotations
 
 import itertools
 import os
-import sys
 from types import SimpleNamespace
 
 os.environ.pop("TRITON_INTERPRET", None)
@@ -394,7 +393,3 @@ def same(left, right) -> None:
         assert right > 2**32 and (left % 16 == 0) == (right % 16 == 0)
     else:
         assert type(left) is type(right) and left == right
-
-
-if __name__ == "__main__":
-    globals()[sys.argv[1]]()

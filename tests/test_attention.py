@@ -280,6 +280,7 @@ def test_strided_vectors_of_integers_and_masks():
     assert torch.equal(got, run(case, inputs)["out"].squeeze(0))
 
 
+@pytest.mark.usefixtures("integers_wrap")
 @pytest.mark.parametrize(
     "cu",
     [(0, 50, 20, 70), (0, 30, 70, 5000), (-400, 20, -3, 70), (0, 2**31 - 1, -(2**31), 70), (70, 50, 30, 0)],
@@ -299,6 +300,7 @@ def test_wrong_cu_seqlens_stay_inside_their_tensors(cu, side):
         assert not bool(x.isnan().any())
 
 
+@pytest.mark.usefixtures("integers_wrap")
 @pytest.mark.parametrize("used", [(-5, 40), (1000, 3), (2**31 - 1, -(2**31))])
 def test_wrong_seqused_stays_inside_its_tensors(used):
     case = Case(9, 40, batch=2, heads=(2, 1), head_dim=16)

@@ -35,7 +35,15 @@ def installed(tmp_path) -> Path:
 
 
 @needs_transformers
-@pytest.mark.parametrize("first", ["", "import torch", "import transformers.modeling_utils", "import verl"])
+@pytest.mark.parametrize(
+    "first",
+    [
+        "",
+        "import torch",
+        pytest.param("import transformers.modeling_utils", marks=pytest.mark.exhaustive),
+        "import verl",
+    ],
+)
 def test_the_name_works_without_an_import_of_ours(installed, first):
     if first == "import verl":
         pytest.importorskip("verl")
@@ -49,7 +57,12 @@ def test_a_switch_turns_it_off(installed, switch):
     done = subprocess.run([sys.executable, "-c", BUILD], env=env, cwd="/", capture_output=True, text=True)
     assert done.returncode == 1
     assert 'attn_implementation="triton_attention_sink"` is not supported' in done.stderr
-    assert "built" in python("-c", f"import {PACKAGE}\n{BUILD}", path=(installed, ROOT), **ON | {switch: "0"}).stdout
+
+
+@needs_transformers
+def test_an_import_of_ours_makes_the_name_known_where_it_is_off(installed):
+    off = dict.fromkeys(SWITCHES, "0")
+    assert "built" in python("-c", f"import {PACKAGE}\n{BUILD}", path=(installed, ROOT), **off).stdout
 
 
 def test_it_imports_three_small_modules(installed):
@@ -103,7 +116,7 @@ if __name__ == "__main__":
 
 
 @needs_transformers
-@pytest.mark.parametrize("host", ["torchrun", "accelerate", "ray", "spawn"])
+@pytest.mark.parametrize("host", ["torchrun", pytest.param("accelerate", marks=pytest.mark.exhaustive), "ray", "spawn"])
 def test_workers_know_the_name(installed, tmp_path, host):
     file = tmp_path / "program.py"
     file.write_text({"ray": RAY, "spawn": SPAWN}.get(host, BUILD))

@@ -19,7 +19,7 @@ from triton_attention_sink_hf.flash_attention_triton_sink import attention_forwa
 DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.md")
 PAGES = (
     *DOCUMENTS, "CONTRIBUTING.md", "triton_attention_sink_hf/README.md", "examples/verl/README.md",
-    "benchmarks/README.md", "benchmarks/LOG.md", "MODELS.md",
+    "benchmarks/README.md", "benchmarks/LOG.md", "benchmarks/ARCHITECTURES.md", "MODELS.md", "SECURITY.md",
 )  # fmt: skip
 # ```python, or ```python needs=PACKAGE for a block that runs where PACKAGE is installed. ```py needs a real checkpoint.
 BLOCK = re.compile(r"^```python(?: needs=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -1,58 +1,82 @@
-"""Random shapes and features, interpreted, against fp64."""
+"""Random calls over the whole call space: the reference against its formulas, interpreted kernels against fp64.
+
+``drawn_calls.py`` draws them, here through hypothesis, which shrinks what fails. The same calls run on a GPU by
+``benchmarks/random_calls.py``.
+"""
 
 import pytest
 import torch
-from budget import assert_within_budget
-from cases import Case, make_inputs, run
-from hypothesis import HealthCheck, given, settings
+from budget import assert_within_budget, oracle
+from drawn_calls import inputs_of, pasteable, run, structure, values, without_infinities
+from formulas import by_formula, by_rows
+from hypothesis import HealthCheck, given, note, settings
 from hypothesis import strategies as st
 
-pytestmark = [
-    pytest.mark.usefixtures("poisoned_empty", "bounds_checked"),
-    pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning"),
-]
-
-
-@st.composite
-def cases(draw) -> Case:
-    heads_k = draw(st.sampled_from([1, 2]))
-    heads = (heads_k * draw(st.sampled_from([1, 2, 3, 4, 6])), heads_k)
-    size = st.sampled_from([1, 4, 8, 15, 16, 24, 32, 33, 40])
-    window = draw(st.sampled_from([(-1, -1), (0, 0), (7, 3), (20, -1), (-1, 5), (1000, 0)]))
-    common = {
-        "heads": heads,
-        "head_dim": (draw(size), draw(size)),
-        "dtype": draw(st.sampled_from([torch.float16, torch.float32])),
-        "causal": draw(st.booleans()),
-        "window": window,
-        "softcap": draw(st.sampled_from([0.0, 0.0, 5.0])),
-        "softmax_scale": draw(st.sampled_from([None, None, 0.1, -0.2])),
-        "sinks": draw(st.sampled_from(["learned", "frozen", None])),
-        "dlse": draw(st.booleans()),
-        "layout": draw(st.sampled_from(["bshd", "bhsd", "sliced"])),
-    }
-    if draw(st.booleans()):
-        lengths = draw(st.lists(st.tuples(st.integers(0, 20), st.integers(0, 20)), min_size=1, max_size=4))
-        tail_q, tail_k = draw(st.integers(0, 5)), draw(st.integers(0, 5))
-        lengths_q, lengths_k = zip(*lengths, strict=True)
-        return Case(
-            sum(lengths_q) + tail_q, sum(lengths_k) + tail_k, lengths_q=lengths_q, lengths_k=lengths_k, **common
-        )
-    seqlen_q, seqlen_k = draw(st.integers(1, 50)), draw(st.integers(1, 50))
-    batch = draw(st.sampled_from([1, 2]))
-    used = tuple(draw(st.integers(0, seqlen_k)) for _ in range(batch)) if draw(st.booleans()) else None
-    padding = draw(st.sampled_from([None, "left", "right", "holes"]))
-    return Case(seqlen_q, seqlen_k, batch=batch, used=used, padding=padding, **common)
-
-
-@settings(
-    max_examples=40,
+QUICK = settings(
+    max_examples=30,
     deadline=None,
     derandomize=True,
     database=None,
-    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large],
 )
-@given(case=cases())
-def test_any_call_is_within_budget(case):
-    inputs = make_inputs(case)
-    assert_within_budget(case, inputs, run(case, inputs), tiny=True)
+LONG = settings(QUICK, max_examples=1500, derandomize=False)
+
+
+def interpreted(test):
+    """Poisoned memory, checked addresses; numpy may warn of infinities."""
+    test = pytest.mark.filterwarnings("ignore:.*encountered in:RuntimeWarning")(test)
+    return pytest.mark.usefixtures("poisoned_empty", "bounds_checked")(test)
+
+
+@st.composite
+def calls(draw):
+    pick = draw(st.randoms(use_true_random=False))
+    return without_infinities(values(structure(pick, small=True), pick, small=True))
+
+
+def same(found: dict, expected: dict) -> None:
+    for name, want in expected.items():
+        torch.testing.assert_close(found[name], want, rtol=1e-9, atol=1e-11, msg=lambda text, x=name: f"{x}: {text}")
+
+
+def check_reference(drawn) -> None:
+    note(pasteable(drawn))
+    inputs = inputs_of(drawn)
+    want = by_rows(drawn.case, inputs)
+    visible = inputs.mask.dense(inputs.q.shape[1], inputs.k.shape[1], inputs.q.device)
+    same(oracle(drawn.case, inputs), want)
+    same(by_formula(drawn.case, inputs, visible), want)
+
+
+def check_kernels(drawn) -> None:
+    note(pasteable(drawn))
+    inputs = inputs_of(drawn)
+    assert_within_budget(drawn.case, inputs, run(drawn, inputs)[1], tiny=True)
+
+
+@settings(QUICK, max_examples=100)
+@given(drawn=calls())
+def test_the_reference_is_what_the_formulas_say(drawn):
+    check_reference(drawn)
+
+
+@interpreted
+@QUICK
+@given(drawn=calls())
+def test_any_call_is_within_budget(drawn):
+    check_kernels(drawn)
+
+
+@pytest.mark.exhaustive
+@LONG
+@given(drawn=calls())
+def test_many_references_are_what_the_formulas_say(drawn):
+    check_reference(drawn)
+
+
+@pytest.mark.exhaustive
+@interpreted
+@LONG
+@given(drawn=calls())
+def test_many_calls_are_within_budget(drawn):
+    check_kernels(drawn)

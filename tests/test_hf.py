@@ -335,7 +335,7 @@ def test_a_pattern_that_is_refused_is_refused_when_compiled(fullgraph):
     torch._dynamo.reset()
 
 
-@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("packed", [pytest.param(False, marks=pytest.mark.exhaustive), True])
 def test_two_graphs_serve_every_length(packed):
     torch._dynamo.reset()
     eager, ours, _ = make_pair("llama", torch.float32)

@@ -63,8 +63,15 @@ def test_the_users_own_sitecustomize_runs(tmp_path):
 
 
 @pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
-@pytest.mark.parametrize("host", ["torch.distributed.run", "accelerate.commands.launch"])
-@pytest.mark.parametrize("inside", [True, False])
+@pytest.mark.parametrize(
+    ("host", "inside"),
+    [
+        ("torch.distributed.run", True),
+        pytest.param("torch.distributed.run", False, marks=pytest.mark.exhaustive),
+        pytest.param("accelerate.commands.launch", True, marks=pytest.mark.exhaustive),
+        ("accelerate.commands.launch", False),
+    ],
+)
 def test_it_launches_launchers_and_is_launched(tmp_path, host, inside):
     if host.startswith("accelerate"):
         pytest.importorskip("accelerate")

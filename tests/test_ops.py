@@ -91,14 +91,18 @@ def test_saved_tensors_may_come_back_elsewhere(name):
         assert value is None or torch.equal(got[key], value), key
 
 
-BACKENDS = [
-    "aot_eager",
-    pytest.param("inductor", marks=pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")),
-]
+NEEDS_A_COMPILER = pytest.mark.skipif(not shutil.which("g++"), reason="needs g++")
 
 
-@pytest.mark.parametrize("implementation", ["triton", "reference"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    ("backend", "implementation"),
+    [
+        ("aot_eager", "triton"),
+        ("aot_eager", "reference"),
+        pytest.param("inductor", "triton", marks=NEEDS_A_COMPILER),
+        pytest.param("inductor", "reference", marks=[NEEDS_A_COMPILER, pytest.mark.exhaustive]),  # half a minute
+    ],
+)
 def test_compile(backend, implementation):
     torch.compiler.reset()
     case = SAMPLES["padding"]

@@ -35,9 +35,16 @@ for arguments in json.load(sys.stdin):
 print(json.dumps(texts))
 """
 
-needs_verl = pytest.mark.skipif(
+without_verl = pytest.mark.skipif(
     importlib.util.find_spec("verl") is None, reason="verl is not installed (`make test` does it)"
 )
+
+
+def needs_verl(test):
+    """In one worker, so that verl composes once."""
+    return without_verl(pytest.mark.xdist_group("recipes")(test))
+
+
 each_recipe = pytest.mark.parametrize("recipe", RECIPES)
 each_config = pytest.mark.parametrize("name", RECIPES.values())
 
@@ -148,7 +155,7 @@ def test_verl_composes_the_config_file(name, composed):
 
 
 @needs_verl
-@each_config
+@pytest.mark.parametrize("name", ["my_ppo", pytest.param("my_ppo_llama", marks=pytest.mark.exhaustive)])
 def test_the_documented_command_composes_the_config_file(name, composed):
     """The command in the file's own header, from the repository, in a process of its own."""
     from omegaconf import OmegaConf

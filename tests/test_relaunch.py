@@ -4,6 +4,7 @@ On a CPU, in a process without Triton's interpreter. A stand-in for Triton's dri
 it shows that a kernel is the same one, not that it is right.
 """
 
+import json
 import os
 import subprocess
 import sys
@@ -12,23 +13,25 @@ from pathlib import Path
 import pytest
 
 TESTS = Path(__file__).parent
+NAMES = (
+    "same_key_same_kernel", "same_arguments", "descriptors", "observers", "devices", "every_kernel", "c_launcher",
+)  # fmt: skip
 
 
-def _run(name: str) -> None:
+@pytest.fixture(scope="module")
+def found() -> dict[str, str | None]:
     environment = {key: value for key, value in os.environ.items() if key != "TRITON_INTERPRET"}
     environment["PYTHONPATH"] = os.pathsep.join((str(TESTS.parent), str(TESTS)))
-    done = subprocess.run(
-        [sys.executable, TESTS / "relaunch_driver.py", name], capture_output=True, text=True, env=environment
-    )
+    command = [sys.executable, TESTS / "in_forks.py", "relaunch_driver", *NAMES]
+    done = subprocess.run(command, capture_output=True, text=True, env=environment)
     assert done.returncode == 0, done.stderr[-4000:]
+    return json.loads(done.stdout.splitlines()[-1])
 
 
-@pytest.mark.parametrize(
-    "name",
-    ["same_key_same_kernel", "same_arguments", "descriptors", "observers", "devices", "every_kernel", "c_launcher"],
-)
-def test_relaunch(name):
-    _run(name)
+@pytest.mark.xdist_group("relaunch")  # one worker: the process runs once
+@pytest.mark.parametrize("name", NAMES)
+def test_relaunch(name, found):
+    assert found[name] is None, found[name]
 
 
 def test_interpreted_kernels_go_through_triton():

@@ -73,6 +73,7 @@ def test_compiled_as_one_graph(measured, group):
     assert max(found.values()) <= TOLERANCE, found
 
 
+@pytest.mark.exhaustive
 def test_the_benchmark_for_two_gpus_runs_small_on_two_processes(tmp_path):
     pytest.importorskip("transformers")
     out = tmp_path / "two-gpus.json"

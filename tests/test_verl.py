@@ -110,7 +110,7 @@ def test_the_criterion_sees_shards_taken_for_rows(sharded_distances):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("by, ranks", [("name", 1), ("path", 1), ("name", 2)])
+@pytest.mark.parametrize("by, ranks", [("name", 1), pytest.param("path", 1, marks=pytest.mark.exhaustive), ("name", 2)])
 def test_main_ppo_by_one_config_line(demo, tmp_path, by, ranks):
     """The unmodified trainer, in a folder with a space; the package comes in by its entry point."""
     package = Path(importlib.util.find_spec("triton_attention_sink_hf").origin).parent
@@ -303,7 +303,12 @@ def test_the_sinks_that_vllm_has_are_the_trainers_in_bf16(demo, tmp_path):
 
 
 @pytest.mark.parametrize(
-    "kind, rollout, ranks", [("gpt_oss", "vllm", 2), ("llama", "vllm", 1), ("gpt_oss", "hf_eager", 1)]
+    "kind, rollout, ranks",
+    [
+        ("gpt_oss", "vllm", 2),
+        pytest.param("llama", "vllm", 1, marks=pytest.mark.exhaustive),
+        pytest.param("gpt_oss", "hf_eager", 1, marks=pytest.mark.exhaustive),
+    ],
 )
 def test_verl_composes_what_the_demos_ask_for(demo, tmp_path, kind, rollout, ranks):
     """By the file that the demo writes: the shipped one with another attention."""

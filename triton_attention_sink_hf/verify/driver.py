@@ -38,7 +38,8 @@ def verify(
 
     Raises:
         ValueError: there is nothing to compare: no such device or attention, or a model that cannot be loaded, does not
-            fit, cannot be run with eager attention or has sinks that eager does not know.
+            fit, cannot be run with eager attention or has sinks that eager does not know. Models that bring code of
+            their own and weights other than safetensors, which are pickles, are not loaded.
         ImportError: transformers is missing.
     """
     import transformers
@@ -49,7 +50,7 @@ def verify(
     if not Path(model).exists() and (Path(model).is_absolute() or model.startswith(".")):
         raise ValueError(f"model must be a folder or a name on the Hub, got {model!r}: there is no such folder")
     with one_sentence("the model cannot be loaded"):
-        config = transformers.AutoConfig.from_pretrained(model)
+        config = transformers.AutoConfig.from_pretrained(model, trust_remote_code=False)
         text = config.get_text_config()
         if layers is not None:
             models.keep_layers(text, layers)

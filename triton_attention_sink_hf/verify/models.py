@@ -62,12 +62,15 @@ def refuse_too_large(gib: float, device: str) -> None:
 
 
 def load(model: str, config, dtype: torch.dtype, notes: list[str]):
-    """The model with eager attention. Appends to ``notes`` if its weights are random."""
+    """The model with eager attention. Appends to ``notes`` if weights are random. ValueError if they are pickled."""
     import transformers
 
     folder = Path(model)
     options = {"attn_implementation": "eager", "dtype": dtype}
-    weights = [file for kind in ("*.safetensors", "*.bin") for file in folder.glob(kind)]
+    pickled = [file.name for kind in ("*.bin", "*.pt", "*.pth") for file in folder.glob(kind)]
+    weights = [*folder.glob("*.safetensors")]
+    if folder.is_dir() and pickled and not weights:
+        raise ValueError(f"weights must be safetensors, got {pickled[0]}, a pickle, which can run code: convert them")
     if folder.is_dir() and not weights:
         notes.append("the folder holds no weights: they are random, sinks spread from -2 to 6")
         torch.manual_seed(0)
@@ -84,7 +87,9 @@ def load(model: str, config, dtype: torch.dtype, notes: list[str]):
     verbosity = transformers.logging.get_verbosity()
     transformers.logging.set_verbosity_error()  # warnings about the layers that were left out
     try:
-        return transformers.AutoModelForCausalLM.from_pretrained(model, config=config, **options)
+        return transformers.AutoModelForCausalLM.from_pretrained(
+            model, config=config, use_safetensors=True, trust_remote_code=False, **options
+        )
     finally:
         transformers.logging.set_verbosity(verbosity)
 

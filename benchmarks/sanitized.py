@@ -1,0 +1,167 @@
+"""Every kernel once, small, below NVIDIA's compute-sanitizer.
+
+    python benchmarks/sanitized.py --tool memcheck --output OUT    # or racecheck, initcheck, synccheck
+    python benchmarks/sanitized.py --output OUT                    # without one: the results alone, against fp64
+
+Writes OUT/sanitizer-TOOL.json: errors, the first lines of what the tool says, the calls that ran. The calls run once
+without the tool, which compiles the kernels, and once below it. Status 1 if it finds an error, 2 if it is missing
+(``--sanitizer PATH``, by default ``compute-sanitizer`` of PATH or of /usr/local/cuda). torch allocates each tensor by
+itself there, so that what lies beside it belongs to nobody.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
+
+from budget import assert_within_budget  # noqa: E402
+from cases import Case, make_inputs, run  # noqa: E402
+from drawn_calls import Drawn, inputs_of, served_by  # noqa: E402
+from drawn_calls import run as run_drawn  # noqa: E402
+
+TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
+BF16 = torch.bfloat16
+LENGTHS = (70, 0, 1, 133)
+# two tiles and a part of a third, in every family of kernels
+CASES = {
+    "triton": {
+        "plain": Case(150, heads=(8, 2), head_dim=64, dtype=BF16, dlse=True),
+        "packed": Case(sum(LENGTHS), heads=(8, 2), head_dim=128, dtype=BF16, lengths_q=LENGTHS),
+        "padding softcap": Case(90, batch=2, heads=(4, 2), head_dim=256, dtype=BF16, padding="left", softcap=5.0),
+        "odd": Case(50, 77, heads=(3, 1), head_dim=(37, 20), dtype=torch.float16, layout="sliced"),
+        "fp32": Case(70, heads=(4, 1), head_dim=64, window=(20, 0)),
+    },
+    "triton_window": {
+        "window": Case(200, heads=(8, 1), head_dim=64, dtype=BF16, window=(127, 0)),
+        "window in one kernel": Case(1100, heads=(8, 1), head_dim=64, dtype=BF16, window=(127, 0)),
+        "packed": Case(sum(LENGTHS), heads=(8, 2), head_dim=80, dtype=BF16, window=(30, 0), lengths_q=LENGTHS),
+    },
+    "triton_hopper": {
+        "D 64": Case(300, heads=(8, 2), head_dim=64, dtype=BF16),
+        "D 128": Case(300, heads=(4, 1), head_dim=128, dtype=BF16, dlse=True),
+        "D 256": Case(200, heads=(4, 2), head_dim=256, dtype=BF16),
+        "packed": Case(sum(LENGTHS), heads=(8, 2), head_dim=64, dtype=BF16, lengths_q=LENGTHS, window=(60, 0)),
+        "packed D 192/128": Case(sum(LENGTHS), heads=(4, 2), head_dim=(192, 128), dtype=BF16, lengths_q=LENGTHS),
+    },
+    "triton_decode": {
+        "split": Case(1, 3000, batch=2, heads=(8, 1), head_dim=64, dtype=BF16, used=(3000, 7)),
+        "queries": Case(5, 700, heads=(4, 2), head_dim=128, dtype=BF16, window=(200, 0)),
+    },
+}
+PAGED = Drawn(
+    Case(2, 300, batch=2, heads=(8, 2), head_dim=64, dtype=BF16, used=(300, 41)),
+    leftpad=(3, 0),
+    page_size=16,
+    leaves=(),
+    implementation="triton_decode",
+)
+
+
+def work() -> list[str]:
+    """Run every call that this card supports; what ran. AssertionError if a result is wrong."""
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    ran = []
+    for implementation, cases in CASES.items():
+        for name, case in cases.items():
+            if device == "cpu":
+                case = replace(case, dtype=torch.float32)
+            drawn = Drawn(case, deterministic=False, implementation=implementation)
+            inputs = make_inputs(case, device)
+            q, k, v = ((x.squeeze(0) if inputs.mask.packed else x) for x in (inputs.q, inputs.k, inputs.v))
+            mask = {"cu_seqlens_q": inputs.mask.cu_seqlens_q, "cu_seqlens_k": inputs.mask.cu_seqlens_k}
+            options = {**mask, "leftpad_k": None, "window_size": case.window, "softcap": case.softcap}
+            if device == "cuda" and served_by(drawn, q, k, v, inputs.sinks, options) != implementation:
+                continue
+            results = run(case, inputs, implementation if device == "cuda" else "reference", False)
+            assert_within_budget(case, inputs, results, tiny=True, rounded_delta=implementation == "triton_hopper")
+            ran.append(f"{implementation} {name}")
+    if device == "cuda":
+        inputs = inputs_of(PAGED, device)
+        assert_within_budget(PAGED.case, inputs, run_drawn(PAGED, inputs)[1], tiny=True)
+        append(device)
+        ran += ["triton_decode pages", "append"]
+    return ran
+
+
+def append(device: str) -> None:
+    from triton_attention_sink_hf.implementations.triton_decode.append import append_keys
+
+    pages = [torch.zeros(6, 16, 2, 64, dtype=BF16, device=device) for _ in range(2)]
+    new = [torch.ones(2, 3, 2, 64, dtype=BF16, device=device) for _ in range(2)]
+    used = torch.tensor([15, 20], dtype=torch.int32, device=device)
+    table = torch.tensor([[4, 1], [0, 5]], dtype=torch.int32, device=device)
+    append_keys(*pages, *new, used, table)
+    assert all(int((x != 0).sum()) == 2 * 3 * 2 * 64 for x in pages)
+
+
+def below(tool: str, sanitizer: str) -> dict:
+    """What the tool finds in ``work``."""
+    command = [sanitizer, "--tool", tool, "--print-limit", "20", sys.executable, __file__, "--work"]
+    environment = os.environ | {"PYTORCH_NO_CUDA_MEMORY_CACHING": "1"}
+    begun = time.monotonic()
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    text = done.stdout + done.stderr
+    said = [line for line in text.splitlines() if line.startswith("=========")]
+    return {
+        "seconds": round(time.monotonic() - begun, 1),
+        "errors": errors(text),
+        "status": done.returncode,
+        "said": said[:60],
+    }
+
+
+def errors(text: str) -> int | None:
+    """Of the tool's summary; None if it wrote none."""
+    found = re.search(r"ERROR SUMMARY: (\d+) error", text) or re.search(r"RACECHECK SUMMARY: (\d+) hazard", text)
+    return int(found[1]) if found else None
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--output", type=Path, help="folder for sanitizer-TOOL.json")
+    parser.add_argument("--tool", choices=TOOLS)
+    parser.add_argument(
+        "--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
+    )
+    parser.add_argument("--work", action="store_true", help="run the calls and print which")
+    arguments = parser.parse_args()
+    if arguments.work:
+        print(json.dumps(work()))
+        return 0
+    if arguments.tool and shutil.which(arguments.sanitizer) is None:
+        print(
+            f"--sanitizer must be NVIDIA's compute-sanitizer, got {arguments.sanitizer}: no such program",
+            file=sys.stderr,
+        )
+        return 2
+    from triton_attention_sink_hf.bench.measure import environment
+
+    found = {"calls": work(), "tool": arguments.tool}
+    found["environment"] = environment() if torch.cuda.is_available() else {}
+    if arguments.tool:
+        found |= below(arguments.tool, arguments.sanitizer)
+    if arguments.output:
+        arguments.output.mkdir(parents=True, exist_ok=True)
+        file = arguments.output / f"sanitizer-{arguments.tool or 'none'}.json"
+        file.write_text(json.dumps(found, indent=1) + "\n")
+    bad = bool(arguments.tool) and (found["errors"] != 0 or found["status"] != 0)
+    print("\n".join(found.get("said", [])[-20:]))
+    print(f"{len(found['calls'])} calls, {found.get('errors', 'no tool')} errors")
+    return 1 if bad else 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
