@@ -218,7 +218,22 @@ def test_wrong_values_stay_inside_their_tensors(used, leftpad, page):
         table = torch.full((2, 64 // page_size), page, dtype=torch.int32)
         lengths = [torch.tensor(x, dtype=torch.int32) for x in (used, leftpad)]
         out, _ = attention_forward(
-            inputs.q, k, v, inputs.sinks, None, None, None, *lengths, table, 31, 0, 0.25, 0.0, True, "triton_decode"
+            inputs.q,
+            k,
+            v,
+            inputs.sinks,
+            None,
+            None,
+            None,
+            *lengths,
+            table,
+            None,
+            31,
+            0,
+            0.25,
+            0.0,
+            True,
+            "triton_decode",
         )
         assert not bool(out.isnan().any())
 
