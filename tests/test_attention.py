@@ -294,9 +294,22 @@ def test_wrong_cu_seqlens_stay_inside_their_tensors(cu, side):
     wrong, right = torch.tensor(cu, dtype=torch.int32), cu_seqlens((20, 30, 20))
     cu_q, cu_k = (wrong if side in (name, "both") else right for name in "qk")
     q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    tensors, options = (cu_q, cu_k, *(None,) * 4), (31, 0, case.scale, 0.0, True, "triton")
+    tensors, options = (cu_q, cu_k, *(None,) * 5), (31, 0, case.scale, 0.0, True, "triton")
     out, _ = attention_forward(q, k, v, inputs.sinks, *tensors, *options)
     for x in (out, *torch.autograd.grad(out, (q, k, v), inputs.dout)):
+        assert not bool(x.isnan().any())
+
+
+def test_any_key_ranges_stay_inside_their_tensors():
+    inputs = make_inputs(Case(9, 40, batch=2, heads=(2, 1), head_dim=16))
+    wild = torch.tensor([-(2**31), 2**31 - 1, -1, 0, 39, 40, 41], dtype=torch.int32)
+    ranges = wild[torch.randint(7, (2, 9, 2))]
+    q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
+    out = attention_sink(q, k, v, inputs.sinks, key_ranges=ranges, implementation="triton")
+    torch.testing.assert_close(
+        out, attention_sink(q, k, v, inputs.sinks, key_ranges=ranges, implementation="reference")
+    )
+    for x in torch.autograd.grad(out, (q, k, v), inputs.dout):
         assert not bool(x.isnan().any())
 
 
@@ -307,7 +320,7 @@ def test_wrong_seqused_stays_inside_its_tensors(used):
     inputs = make_inputs(case)
     seqused = torch.tensor(used, dtype=torch.int32)
     q, k, v = (x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
-    tensors, options = (None, None, None, seqused, None, None), (31, 0, case.scale, 0.0, True, "triton")
+    tensors, options = (None, None, None, seqused, *(None,) * 3), (31, 0, case.scale, 0.0, True, "triton")
     out, _ = attention_forward(q, k, v, inputs.sinks, *tensors, *options)
     for x in (out, *torch.autograd.grad(out, (q, k, v), inputs.dout)):
         assert not bool(x.isnan().any())

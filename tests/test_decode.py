@@ -218,9 +218,8 @@ def test_wrong_values_stay_inside_their_tensors(used, leftpad, page):
         k, v = (x.reshape(-1, page_size, 1, 16) for x in (inputs.k, inputs.v))
         table = torch.full((2, 64 // page_size), page, dtype=torch.int32)
         lengths = [torch.tensor(x, dtype=torch.int32) for x in (used, leftpad)]
-        out, _ = attention_forward(
-            inputs.q, k, v, inputs.sinks, None, None, None, *lengths, table, 31, 0, 0.25, 0.0, True, "triton_decode"
-        )
+        masks = (*(None,) * 3, *lengths, table, None)
+        out, _ = attention_forward(inputs.q, k, v, inputs.sinks, *masks, 31, 0, 0.25, 0.0, True, "triton_decode")
         assert not bool(out.isnan().any())
 
 

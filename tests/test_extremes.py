@@ -46,7 +46,7 @@ def test_operators_take_windows_of_any_size():
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
     found = []
     for window in (-1, 2**31 - 1, sys.maxsize):
-        out, _ = attention_forward(*leaves, *(None,) * 6, window, window, 0.25, 0.0, True, "triton")
+        out, _ = attention_forward(*leaves, *(None,) * 7, window, window, 0.25, 0.0, True, "triton")
         found.append((out, *torch.autograd.grad(out, leaves, inputs.dout)))
     for other in found[1:]:
         assert all(torch.equal(a, b) for a, b in zip(other, found[0], strict=True))

@@ -493,7 +493,7 @@ def test_wrong_cu_seqlens_stay_inside_their_tensors(poisoned, head_dim, implemen
     good = cu_seqlens((T,), "cuda")
     for cu_q, cu_k in ((cu, cu), (good.expand(2), cu[:2]), (cu[1:3], good)):
         out, lse = attention_forward(
-            q, k, v, inputs.sinks, cu_q, cu_k, *(None,) * 4, 31, 0, case.scale, 0.0, False, implementation
+            q, k, v, inputs.sinks, cu_q, cu_k, *(None,) * 5, 31, 0, case.scale, 0.0, False, implementation
         )
         gradients = torch.autograd.grad(out, (q, k, v), inputs.dout)
         for x in (out, lse, *gradients):

@@ -77,7 +77,7 @@ def test_the_operator_shares_nothing(launched):
     """torch.compile may run it in a CUDA graph's memory."""
     x, cu = torch.randn(1, sum(LENGTHS), 2, 16), constant(cu_seqlens(LENGTHS))
     for _ in range(2):
-        attention_forward(x, x, x, None, cu, cu, None, None, None, None, -1, 0, 0.25, 0.0, False, "triton")
+        attention_forward(x, x, x, None, cu, cu, *(None,) * 5, -1, 0, 0.25, 0.0, False, "triton")
     assert launched.count("_segment_range_kernel") == 2
 
 
