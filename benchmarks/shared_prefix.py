@@ -21,6 +21,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
 from triton_attention_sink_hf import SharedPrefixes, attention_sink, shared_prefix_attention
 
 HEADS_Q, HEADS_K, HEAD_DIM = 64, 8, 64

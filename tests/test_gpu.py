@@ -18,6 +18,7 @@ from cases import Case, Inputs, call, cu_seqlens, make_inputs, run
 from launchers import backends
 
 from triton_attention_sink_hf import Mask, attention_sink, explain
+from triton_attention_sink_hf.call import N_TENSORS
 from triton_attention_sink_hf.ops import attention_forward
 
 pytestmark = [pytest.mark.gpu, pytest.mark.usefixtures("poisoned_empty", "memory_returned")]
@@ -533,7 +534,9 @@ def test_opcheck():
     case = Case(96, heads=(4, 2), head_dim=32, dtype=FP16)
     inputs = make_inputs(case, "cuda")
     leaves = [x.requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
-    torch.library.opcheck(attention_forward, (*leaves, *(None,) * 6, 31, 0, case.scale, 0.0, True, "triton"))
+    torch.library.opcheck(
+        attention_forward, (*leaves, *(None,) * (N_TENSORS - 4), 31, 0, case.scale, 0.0, True, "triton")
+    )
 
 
 def test_checkpoint_and_autocast():
