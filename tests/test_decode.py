@@ -259,8 +259,8 @@ def test_opcheck(name):
     k, v, table = paged(inputs.k, inputs.v, 16) if name == "pages" else (inputs.k, inputs.v, None)
     torch.library.opcheck(
         attention_forward,
-        (inputs.q, k, v, inputs.sinks, None, None, None, inputs.mask.seqused_k, None, table, -1, 0, 0.25, 0.0, True,
-         "triton_decode"),
+        (inputs.q, k, v, inputs.sinks, None, None, None, inputs.mask.seqused_k, None, table, None, -1, 0, 0.25, 0.0,
+         True, "triton_decode"),
     )  # fmt: skip
 
 

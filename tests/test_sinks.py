@@ -76,7 +76,9 @@ def test_every_kind_equals_plain_autograd(kind):
 @pytest.mark.gpu
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_on_a_gpu_equals_fp64(kind):
-    """The kernels that "auto" takes, in bf16, from the same rounded numbers."""
+    """The kernels that "auto" takes, in bf16, from the same rounded numbers: within the limits of ``bench``."""
+    from triton_attention_sink_hf.bench.measure import LIMIT
+
     value, passed, attributes, columns = KINDS[kind]
     torch.manual_seed(3)
     q, k, v = (torch.randn(2, h, 300, 64, device="cuda", dtype=torch.bfloat16) for h in (4, 2, 2))
@@ -95,9 +97,10 @@ def test_every_kind_on_a_gpu_equals_fp64(kind):
     weights = torch.cos(torch.arange(want.numel(), device="cuda")).view(want.shape).to(q.dtype).double()
     grads = [torch.autograd.grad((x.double() * weights).sum(), leaves)
              for x, leaves in ((out, found + ours), (want, expected + exact))]  # fmt: skip
-    for ours_, theirs in zip((out, *grads[0]), (want, *grads[1]), strict=True):
+    names = ("out", "dq", "dk", "dv", *("dsink",) * len(ours))
+    for name, ours_, theirs in zip(names, (out, *grads[0]), (want, *grads[1]), strict=True):
         error = (ours_.double() - theirs).norm() / theirs.norm()
-        assert error < 1e-2, error
+        assert error < LIMIT[name], (name, error)
 
 
 @pytest.mark.parametrize("kind", ["off by one", "both", "by token", "by token and constant"])
