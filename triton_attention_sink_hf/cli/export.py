@@ -19,8 +19,8 @@ BUILD = "build/torch-universal"
 LISTING = "export.json"  # lists the files that export wrote: another export replaces only these
 # What attention_sink and flash_attn_* need: nothing of transformers, nothing of the command line.
 SOURCES = (
-    "call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "token_sinks.py", "tracing.py",
-    "validation.py",
+    "call.py", "flash_attn_api.py", "interface.py", "masks.py", "ops.py", "reference.py", "token_sinks.py",
+    "tracing.py", "validation.py",
 )  # fmt: skip
 PAIRS = (("5.9.0", "0.14.1"), ("5.10.4", "0.14.1"), ("5.22.2", "0.17.2"))  # of transformers and kernels
 INIT = '''"""Exact attention with learned sinks in Triton, forward and backward, under flash-attn's names."""
