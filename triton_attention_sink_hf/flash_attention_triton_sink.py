@@ -187,25 +187,23 @@ def attention_forward(
     else:
         cu_q, cu_k = _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
         key_padding_mask = seqused_k = None
+    options |= dict(key_padding_mask=key_padding_mask)
     key_ranges = mask.key_ranges(cu_q is not None, q.device)
+    if key_ranges is not None:  # which hold causality and window
+        options |= dict(causal=False, window_size=(-1, -1), key_ranges=key_ranges)
     attend = attention_sink
     if first_keys:
         attend = functools.partial(first_keys_attention, first_keys=first_keys)
         del options["causal"]  # which it is
-    if key_ranges is not None:  # which hold causality and window
-        options |= dict(causal=False, window_size=(-1, -1), key_ranges=key_ranges)
-    if cu_q is not None:
-        by_token = sinks is not None and sinks.dim() == 3
-        whole = q.shape[0] == 1 and attend is attention_sink and not by_token  # needs no view of its rows
-        rows = (q, k, v) if whole else (x.flatten(0, 1) for x in (q, k, v))
-        if by_token:
-            sinks = sinks.transpose(0, 1).flatten(1)
-        options |= dict(cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, key_padding_mask=key_padding_mask)
-        out = attend(*rows, sinks, **options)
-        if not whole:
-            out = out.unflatten(0, q.shape[:2])
+    if cu_q is None:
+        out = attend(q, k, v, sinks, seqused_k=seqused_k, **options)
+    elif q.shape[0] == 1 and attend is attention_sink and (sinks is None or sinks.dim() == 1):
+        out = attention_sink(q, k, v, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options)  # not a view is needed
     else:
-        out = attend(q, k, v, sinks, key_padding_mask=key_padding_mask, seqused_k=seqused_k, **options)
+        if sinks is not None and sinks.dim() == 3:
+            sinks = sinks.transpose(0, 1).flatten(1)
+        rows = (x.flatten(0, 1) for x in (q, k, v))
+        out = attend(*rows, sinks, cu_seqlens_q=cu_q, cu_seqlens_k=cu_k, **options).unflatten(0, q.shape[:2])
     return out if group is None else scatter_rows(group, out), None
 
 
