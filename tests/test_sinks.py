@@ -47,6 +47,12 @@ def assert_equal_with_gradients(found, expected, leaves, tolerance=1e-12):
 
 BY_HEAD = SPREAD.clone().requires_grad_()
 BY_TOKEN = (SPREAD[:, None] + torch.linspace(-3, 3, 9, dtype=torch.float64)).repeat(2, 1, 1).requires_grad_()
+# two rows of two packed samples, and what their tokens may see
+POSITIONS = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
+SEGMENTS = (POSITIONS == 0).cumsum(-1)
+SAME_SEGMENT = SEGMENTS[:, :, None] == SEGMENTS[:, None]
+DISTANCE = torch.arange(9)[:, None] - torch.arange(9)
+CAUSAL, NEAR = DISTANCE >= 0, DISTANCE < 3
 # value of the key -> (what the model passes, attributes of the layer, columns beside the keys)
 KINDS = {
     "nothing": (None, {}, {}, ()),
@@ -64,10 +70,14 @@ KINDS = {
 }  # fmt: skip
 
 
+def trained(columns):
+    return [x for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
+
+
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_equals_plain_autograd(kind):
     value, passed, attributes, columns = KINDS[kind]
-    leaves = inputs() + [x for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
+    leaves = inputs() + trained(columns)
     out, nothing = attention_forward(layer(value, **attributes), *leaves[:3], None, **passed)
     assert nothing is None
     assert_equal_with_gradients(out, plain(*leaves[:3], *columns), leaves)
@@ -86,7 +96,7 @@ def test_every_kind_on_a_gpu_equals_fp64(kind):
     def on_gpu(x):
         return x.detach().repeat(1, 1, 34)[..., :300].cuda() if x.dim() == 3 else x.detach().cuda()
 
-    sinks = [on_gpu(x) for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
+    sinks = [on_gpu(x) for x in trained(columns)]
     constants = [x.cuda() for x in columns if not (x is BY_HEAD or x is BY_TOKEN)]
     found, expected = ([x.to(dtype).requires_grad_() for x in (q, k, v)] for dtype in (q.dtype, torch.float64))
     ours, exact = ([x.to(dtype).requires_grad_() for x in sinks] for dtype in (torch.float32, torch.float64))
@@ -106,13 +116,10 @@ def test_every_kind_on_a_gpu_equals_fp64(kind):
 @pytest.mark.parametrize("kind", ["off by one", "both", "by token", "by token and constant"])
 def test_every_kind_in_packed_rows_and_under_a_window(kind):
     value, passed, attributes, columns = KINDS[kind]
-    leaves = inputs() + [x for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
-    i = torch.arange(9)
-    segments = (positions == 0).cumsum(-1)
-    visible = (segments[:, :, None] == segments[:, None]) & (i[:, None] >= i) & (i[:, None] - i < 3)
+    leaves = inputs() + trained(columns)
+    visible = SAME_SEGMENT & CAUSAL & NEAR
     out, _ = attention_forward(
-        layer(value, **attributes), *leaves[:3], None, position_ids=positions, sliding_window=3, **passed
+        layer(value, **attributes), *leaves[:3], None, position_ids=POSITIONS, sliding_window=3, **passed
     )
     assert_equal_with_gradients(out, plain(*leaves[:3], *columns, visible=visible[:, None]), leaves)
 
@@ -121,14 +128,10 @@ def test_every_kind_in_packed_rows_and_under_a_window(kind):
 def test_first_keys_beside_a_window_and_other_sinks(kind):
     """Of each packed sample; layers without a window see them anyway."""
     value, passed, attributes, columns = KINDS[kind]
-    leaves = inputs() + [x for x in (BY_HEAD, BY_TOKEN) if any(x is y for y in columns)]
-    positions = torch.tensor([[0, 1, 2, 3, 0, 1, 2, 3, 4], [0, 0, 1, 2, 3, 4, 5, 6, 7]])
-    i = torch.arange(9)
-    segments = (positions == 0).cumsum(-1)
-    near = (i[:, None] - i < 3) | (positions[:, None] < 2)
-    visible = (segments[:, :, None] == segments[:, None]) & (i[:, None] >= i) & near
+    leaves = inputs() + trained(columns)
+    visible = SAME_SEGMENT & CAUSAL & (NEAR | (POSITIONS[:, None] < 2))
     module = layer("first:2" if value is None else f"{value}+first:2", **attributes)
-    out, _ = attention_forward(module, *leaves[:3], None, position_ids=positions, sliding_window=3, **passed)
+    out, _ = attention_forward(module, *leaves[:3], None, position_ids=POSITIONS, sliding_window=3, **passed)
     assert_equal_with_gradients(out, plain(*leaves[:3], *columns, visible=visible[:, None]), leaves)
     full, _ = attention_forward(module, *leaves[:3], None, **passed)
     assert_equal_with_gradients(full, plain(*leaves[:3], *columns), leaves)

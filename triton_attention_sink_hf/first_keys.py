@@ -7,6 +7,7 @@ from torch import Tensor
 
 from .interface import attention_sink
 from .merge import merge_attention
+from .validation import check_window
 
 
 def first_keys_attention(
@@ -47,8 +48,7 @@ def first_keys_attention(
         raise TypeError(f"first_keys must be an int, got {first_keys!r}")
     if first_keys < 0:
         raise ValueError(f"first_keys must be >= 0, got {first_keys}")
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    check_window(window_size)
     left, right = window_size
     if left < 0 or right != 0:
         raise ValueError(f"window_size must be (left, 0) with left >= 0, got {window_size!r}")

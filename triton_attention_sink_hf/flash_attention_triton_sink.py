@@ -128,6 +128,7 @@ def attention_forward(
     if indices is not None:
         _refuse_sparse(indices, query.shape[2], key.shape[2])
     sinks, first_keys = layer_sinks(module, query, s_aux, sinks)
+    scores = dict(softmax_scale=scaling, softcap=0.0 if softcap is None else softcap)
     q, k, v = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if isinstance(attention_mask, ForwardMask):
         mask = attention_mask
@@ -141,8 +142,7 @@ def attention_forward(
         if shared_prefixes is not None:
             raise ValueError("shared_prefixes must be None in continuous batching, got a tree")
         return _continuous_batch(
-            module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, cached,
-            sinks=sinks, softmax_scale=scaling, softcap=0.0 if softcap is None else softcap,
+            module, query, key, value, mask, cu_seq_lens_q, cu_seq_lens_k, cached, sinks=sinks, **scores
         ), None  # fmt: skip
     mask.check(q.shape[1], k.shape[1])
     rows = position_ids if cu_seq_lens_q is None else cu_seq_lens_q
@@ -151,13 +151,12 @@ def attention_forward(
     if shared_prefixes is not None:
         if group is not None:
             raise ValueError("shared_prefixes must be None under sequence parallelism, got a tree")
-        given = dict(
+        others = dict(
             attention_mask=attention_mask, position_ids=position_ids, cu_seq_lens_q=cu_seq_lens_q,
             cu_seq_lens_k=cu_seq_lens_k,
         )  # fmt: skip
         return tree_attention(
-            shared_prefixes, q, k, v, sinks, mask, given, softmax_scale=scaling,
-            softcap=0.0 if softcap is None else softcap, deterministic=deterministic or None,
+            shared_prefixes, q, k, v, sinks, mask, others, deterministic=deterministic or None, **scores
         ), None  # fmt: skip
     if group is not None:
         if indices is not None:
@@ -174,20 +173,14 @@ def attention_forward(
             position_ids = mask.forward.once(
                 shard, ("gathered", group, q.device), lambda: gather_positions(group, shard, q.device)
             )
-    options = dict(
-        causal=mask.causal,
-        window_size=mask.window,
-        softmax_scale=scaling,
-        softcap=0.0 if softcap is None else softcap,
-        deterministic=deterministic or None,
-    )
+    options = dict(causal=mask.causal, window_size=mask.window, deterministic=deterministic or None, **scores)
     if cu_seq_lens_q is None and cu_seq_lens_k is None:
         cu_q, key_padding_mask, seqused_k = mask.visibility(q, k, position_ids)
         cu_k = cu_q
     else:
         cu_q, cu_k = _given_segments(q, mask, attention_mask, cu_seq_lens_q, cu_seq_lens_k)
         key_padding_mask = seqused_k = None
-    options |= dict(key_padding_mask=key_padding_mask)
+    options["key_padding_mask"] = key_padding_mask
     key_ranges = mask.key_ranges(cu_q is not None, q.device)
     if key_ranges is not None:  # which hold causality and window
         options |= dict(causal=False, window_size=(-1, -1), key_ranges=key_ranges)

@@ -24,6 +24,7 @@ from torch import Tensor
 from .interface import attention_sink
 from .masks import constant
 from .merge import merge_attention
+from .validation import check_window
 
 TILE = 64  # keys of a tile of the portable backward, or few more or fewer
 KEY_TILES = 32  # of a call; times 8 key heads they are two programs for each SM of an H100
@@ -223,8 +224,7 @@ def shared_prefix_attention(
     """
     if not isinstance(tree, SharedPrefixes):
         raise TypeError(f"tree must be a SharedPrefixes, got {type(tree).__name__}")
-    if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
-        raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
+    check_window(window_size)
     if window_size[1] not in (-1, 0):
         raise ValueError(f"window_size must be (left, 0) or (left, -1), got {window_size!r}: attention is causal")
     for name, x in (("q", q), ("k", k), ("v", v)):

@@ -27,7 +27,7 @@ def check_options(
         raise TypeError(f"causal must be a bool, got {causal!r}")
     if deterministic is not None and not isinstance(deterministic, bool):
         raise TypeError(f"deterministic must be a bool, got {deterministic!r}")
-    _check_window(window_size)
+    check_window(window_size)
     if softmax_scale is not None:
         _check_number("softmax_scale", softmax_scale)
     _check_number("softcap", softcap)
@@ -50,9 +50,7 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
     device = q.device
     if sinks is not None:
         heads = q.shape[-2]
-        _check_tensor("sinks", sinks, device)
-        if not sinks.is_floating_point():
-            raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
+        _check_logits(sinks, device)
         if sinks.shape != (heads,):
             hint = _layout_hint(q, k) if sinks.shape == (q.shape[-3],) else ""
             raise ValueError(f"sinks must be (Hq,) = ({heads},), got {tuple(sinks.shape)}{hint}")
@@ -75,9 +73,7 @@ def check_tensors(call: Call, max_seqlens: tuple[int | Tensor | None, int | Tens
             hint = _layout_hint(q, k) if swapped else ""
             raise ValueError(f"key_padding_mask must be {wanted}, got {tuple(key_padding_mask.shape)}{hint}")
     if key_ranges is not None:
-        _check_tensor("key_ranges", key_ranges, device)
-        if key_ranges.dtype != torch.int32:
-            raise TypeError(f"key_ranges must be torch.int32, got {key_ranges.dtype}")
+        _check_int32("key_ranges", key_ranges, device)
         if key_ranges.shape != (*q.shape[:-2], 2):
             wanted = "(Tq, 2)" if packed else "(B, Sq, 2)"
             raise ValueError(f"key_ranges must be {wanted} = {(*q.shape[:-2], 2)}, got {tuple(key_ranges.shape)}")
@@ -100,13 +96,17 @@ def check_token_sinks(sinks: Tensor | None, call: Call) -> None:
     """The same for sinks by token, which are no part of ``call``; packed rows have their batch dimension of 1."""
     if sinks is None:
         return
-    _check_tensor("sinks", sinks, call.q.device)
-    if not sinks.is_floating_point():
-        raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
+    _check_logits(sinks, call.q.device)
     batch, seqlen, heads = call.q.shape[:3]
     shape, layout = ((heads, seqlen), "(Hq, Tq)") if call.mask.packed else ((batch, heads, seqlen), "(B, Hq, Sq)")
     if sinks.shape != shape:
         raise ValueError(f"sinks must be (Hq,) = ({heads},) or {layout} = {shape}, got {tuple(sinks.shape)}")
+
+
+def _check_logits(sinks: object, device: torch.device) -> None:
+    _check_tensor("sinks", sinks, device)
+    if not sinks.is_floating_point():
+        raise TypeError(f"sinks must be a floating dtype, got {sinks.dtype}")
 
 
 def _check_tensor(name: str, value: object, device: torch.device | None = None) -> None:
@@ -152,9 +152,7 @@ def check_qkv(q: Tensor, k: Tensor, v: Tensor, packed: bool, paged: bool = False
 
 
 def _check_block_table(block_table: object, q: Tensor, k: Tensor) -> None:
-    _check_tensor("block_table", block_table, q.device)
-    if block_table.dtype != torch.int32:
-        raise TypeError(f"block_table must be torch.int32, got {block_table.dtype}")
+    _check_int32("block_table", block_table, q.device)
     if block_table.dim() != 2 or block_table.shape[0] != q.shape[0]:
         raise ValueError(f"block_table must be (B, n) with B = {q.shape[0]}, got {tuple(block_table.shape)}")
     if block_table.numel() and not k.shape[0]:
@@ -189,7 +187,8 @@ def _layout_hint(q: Tensor, k: Tensor) -> str:
     return f"; q {tuple(q.shape)} looks like (B, H, S, D), and must be (B, S, H, D): transpose(1, 2)"
 
 
-def _check_window(window_size: tuple[int, int]) -> None:
+def check_window(window_size: tuple[int, int]) -> None:
+    """Raise unless ``window_size`` is a pair of ints >= -1."""
     if not isinstance(window_size, (tuple, list)) or len(window_size) != 2:
         raise TypeError(f"window_size must be a pair (left, right), got {window_size!r}")
     for side in window_size:
@@ -206,10 +205,14 @@ def _check_number(name: str, value: object) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
-def _check_int32_vector(name: str, value: object, device: torch.device) -> None:
+def _check_int32(name: str, value: object, device: torch.device) -> None:
     _check_tensor(name, value, device)
     if value.dtype != torch.int32:
         raise TypeError(f"{name} must be torch.int32, got {value.dtype}")
+
+
+def _check_int32_vector(name: str, value: object, device: torch.device) -> None:
+    _check_int32(name, value, device)
     if value.dim() != 1:
         raise ValueError(f"{name} must have one dimension, got shape {tuple(value.shape)}")
 

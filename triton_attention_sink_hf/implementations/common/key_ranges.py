@@ -16,7 +16,7 @@ import triton.language as tl
 from torch import Tensor
 
 from .config import RANGES_BLOCK, SCAN_BLOCK
-from .masks import key_interval, query_interval
+from .masks import key_tile_bounds, query_interval
 from .problem import Problem, ceil_div, planned
 from .relaunch import Launch
 
@@ -54,11 +54,8 @@ def _key_tile_queries_kernel(
     """key_tiles (B, tiles, 2): the first query that sees a key of a tile of TILE keys, and the last one plus 1."""
     tile, b = tl.program_id(0), tl.program_id(1)
     key = tile * TILE
-    lo, _ = key_interval(
-        key, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-    )
-    _, hi = key_interval(
-        key + TILE - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+    lo, _, _, hi = key_tile_bounds(
+        key, TILE, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
         HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
     )  # fmt: skip
     query_ranges = query_ranges_ptr + b.to(tl.int64) * 2 * seqlen_q

@@ -59,10 +59,42 @@ def key_interval(
 
 
 @triton.jit
-def tile_bounds(lo, hi):
-    """The least and greatest ends of the rows' intervals, as ``tile_plan`` takes them. Empty ones are [0, 0)."""
-    lo_first = tl.min(tl.where(lo < hi, lo, 2**30), 0)
-    return lo_first, tl.min(hi, 0), tl.max(lo, 0), tl.max(hi, 0)
+def query_tile_bounds(
+    lo, hi, first, TOKENS: tl.constexpr, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr,
+    HAS_KEY_RANGES: tl.constexpr,
+):  # fmt: skip
+    """What ``tile_plan`` takes of TOKENS queries from ``first`` on, whose rows' intervals are lo and hi.
+
+    The intervals of the first and of the last; with key_ranges, where empty ones are [0, 0), the least and the greatest
+    ends of all.
+    """
+    if HAS_KEY_RANGES:
+        return tl.min(tl.where(lo < hi, lo, 2**30), 0), tl.min(hi, 0), tl.max(lo, 0), tl.max(hi, 0)
+    lo_first, hi_first = query_interval(
+        first, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_last, hi_last = query_interval(
+        first + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+    )  # fmt: skip
+    return lo_first, hi_first, lo_last, hi_last
+
+
+@triton.jit
+def key_tile_bounds(
+    first, KEYS: tl.constexpr, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+    HAS_LEFT: tl.constexpr, HAS_RIGHT: tl.constexpr, PACKED: tl.constexpr, HAS_SEQUSED: tl.constexpr,
+):  # fmt: skip
+    """The same of KEYS keys from ``first`` on, without key_ranges."""
+    lo_first, hi_first = key_interval(
+        first, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
+    )
+    lo_last, hi_last = key_interval(
+        first + KEYS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
+    )  # fmt: skip
+    return lo_first, hi_first, lo_last, hi_last
 
 
 @triton.jit

@@ -18,7 +18,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..common.key_ranges import key_side_tensors, query_side_tensors
-from ..common.masks import key_interval, query_interval, tile_bounds, tile_plan
+from ..common.masks import key_interval, key_tile_bounds, query_interval, query_tile_bounds, tile_plan
 from ..common.old_triton import known_hints
 from ..common.primitives import LOG2E, add_product, cap, exp, load_block, load_tile, matmul, row_offsets, store_tile
 from ..common.problem import Problem, ceil_div, dlse_arguments, planned, strides, token_blocks, use_tma
@@ -143,16 +143,10 @@ def _attn_bwd_dq_kernel(
         i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
         HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED, HAS_KEY_RANGES,
     )  # fmt: skip
-    if HAS_KEY_RANGES:
-        lo_first, hi_first, lo_last, hi_last = tile_bounds(lo, hi)
-    else:
-        lo_first, hi_first = query_interval(
-            token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-        )
-        lo_last, hi_last = query_interval(
-            token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
-            HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
-        )  # fmt: skip
+    lo_first, hi_first, lo_last, hi_last = query_tile_bounds(
+        lo, hi, token, TOKENS, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED, HAS_KEY_RANGES,
+    )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
 
     q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
@@ -344,11 +338,8 @@ def _attn_bwd_dkv_kernel(
         lo_first, hi_last = tl.load(key_tile), tl.load(key_tile + 1)
         hi_first, lo_last = hi_last, lo_first
     else:
-        lo_first, hi_first = key_interval(
-            key, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-        )
-        lo_last, hi_last = key_interval(
-            key + BLOCK_N - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        lo_first, hi_first, lo_last, hi_last = key_tile_bounds(
+            key, BLOCK_N, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
             HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
         )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, TOKENS, ALL_EDGE=HAS_KEY_RANGES)

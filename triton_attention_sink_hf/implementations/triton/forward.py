@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from ..common.key_ranges import query_side_tensors
-from ..common.masks import query_interval, tile_bounds, tile_plan
+from ..common.masks import query_interval, query_tile_bounds, tile_plan
 from ..common.primitives import factor_and_lse, load_tile, matmul, row_offsets, scaled, store_tile
 from ..common.problem import Problem, ceil_div, planned, strides
 from ..common.relaunch import Launch
@@ -101,16 +101,10 @@ def _attn_fwd_kernel(
         i, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
         HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED, HAS_KEY_RANGES,
     )  # fmt: skip
-    if HAS_KEY_RANGES:
-        lo_first, hi_first, lo_last, hi_last = tile_bounds(lo, hi)
-    else:
-        lo_first, hi_first = query_interval(
-            token, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right, HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED
-        )
-        lo_last, hi_last = query_interval(
-            token + TOKENS - 1, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
-            HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED,
-        )  # fmt: skip
+    lo_first, hi_first, lo_last, hi_last = query_tile_bounds(
+        lo, hi, token, TOKENS, b, ranges_ptr, seqused_ptr, seqlen_q, seqlen_k, left, right,
+        HAS_LEFT, HAS_RIGHT, PACKED, HAS_SEQUSED, HAS_KEY_RANGES,
+    )  # fmt: skip
     edges, before, skip, full = tile_plan(lo_first, hi_first, lo_last, hi_last, BLOCK_N, ALL_EDGE=HAS_PADDING)
 
     q_base = q_ptr + b.to(tl.int64) * stride_qb + head.to(tl.int64) * stride_qh
