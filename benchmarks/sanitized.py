@@ -31,6 +31,9 @@ from budget import assert_within_budget  # noqa: E402
 from cases import Case, make_inputs, run  # noqa: E402
 from drawn_calls import Drawn, inputs_of, served_by  # noqa: E402
 from drawn_calls import run as run_drawn  # noqa: E402
+from visibility import Visible, tree_visible  # noqa: E402
+
+from triton_attention_sink_hf import SharedPrefixes, shared_prefix_attention  # noqa: E402
 
 TOOLS = ("memcheck", "racecheck", "initcheck", "synccheck")
 BF16 = torch.bfloat16
@@ -43,6 +46,11 @@ CASES = {
         "padding softcap": Case(90, batch=2, heads=(4, 2), head_dim=256, dtype=BF16, padding="left", softcap=5.0),
         "odd": Case(50, 77, heads=(3, 1), head_dim=(37, 20), dtype=torch.float16, layout="sliced"),
         "fp32": Case(70, heads=(4, 1), head_dim=64, window=(20, 0)),
+        "key_ranges": Case(150, ranges="random", causal=False, heads=(8, 2), head_dim=64, dtype=BF16, batch=2),
+        "packed key_ranges": Case(
+            sum(LENGTHS), ranges="random", heads=(6, 3), head_dim=(40, 24), dtype=BF16, lengths_q=LENGTHS
+        ),
+        "D 512": Case(70, heads=(2, 1), head_dim=512, dtype=BF16),
     },
     "triton_window": {
         "window": Case(200, heads=(8, 1), head_dim=64, dtype=BF16, window=(127, 0)),
@@ -92,7 +100,26 @@ def work() -> list[str]:
         inputs = inputs_of(PAGED, device)
         assert_within_budget(PAGED.case, inputs, run_drawn(PAGED, inputs)[1], tiny=True)
         append(device)
-        ran += ["triton_decode pages", "append"]
+        ran += ["triton_decode pages", "append", *trees(device)]
+    return ran
+
+
+def trees(device: str) -> list[str]:
+    """Samples that share prompts: their parts and the merge of them, forward and backward."""
+    tree, ran = SharedPrefixes((150, 70, 0, 33, 40, 3), (-1, 0, 0, 0, -1, 4)), []
+    for left, heads, dims in ((-1, (8, 2), (64, 64)), (127, (8, 2), (64, 64)), (40, (6, 3), (40, 24))):
+        case = Case(tree.total, causal=False, heads=heads, head_dim=dims, dtype=BF16)
+        inputs = replace(make_inputs(case, device), mask=Visible(tree_visible(tree, left, device)))
+        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
+        q, k, v = (x[0] for x in leaves[:3])
+        out, lse = shared_prefix_attention(
+            q, k, v, leaves[3], tree=tree, window_size=(left, 0), softcap=case.softcap, return_lse=True
+        )
+        gradients = torch.autograd.grad(out, leaves, inputs.dout[0])
+        results = {"out": out.detach()[None], "lse": lse.detach()[None]}
+        results |= zip(("dq", "dk", "dv", "dsink"), gradients, strict=True)
+        assert_within_budget(case, inputs, results, tiny=True, rounded_delta=True)
+        ran.append(f"shared prefixes, window {left}, D {dims[0]}")
     return ran
 
 

@@ -28,7 +28,7 @@ ELEMENTS = 2**26  # scores of one call, over all heads
 USUAL = (
     *((64, 64),) * 6, *((128, 128),) * 6, *((256, 256),) * 3, *((192, 128),) * 2, *((96, 96),) * 2, *((80, 80),) * 2,
     (16, 16), (32, 32), (40, 40), (48, 48), (72, 72), (112, 112), (160, 160), (192, 192), (224, 224), (40, 128),
-    (64, 128), (128, 64), (256, 64), (256, 128), (24, 64),
+    (64, 128), (128, 64), (256, 64), (256, 128), (24, 64), (512, 512), (320, 512),
 )  # fmt: skip
 SMALL = ((16, 16), (24, 40), (64, 64), (1, 33), (8, 15), (32, 4), (33, 1))
 # on a CPU auto would take the reference
@@ -106,9 +106,10 @@ def structure(pick: Random, small: bool = False) -> Structure:
     leftpad = cache and pick.random() < 0.5
     used = packed is None and (pages is not None or pick.random() < 0.2)
     padding = None if packed or pages else pick.choice((None,) * 5 + ("left", "right", "holes"))
+    ranges = pick.choice((None,) * 5 + ("random",)) if not cache and padding is None else None
     case = Case(
         1, 1, heads=(heads_k * group, heads_k), head_dim=(d, dv), batch=1 if packed else pick.choice((1, 1, 2, 3)),
-        dtype=pick.choice(dtypes), causal=causal, padding=padding,
+        dtype=pick.choice(dtypes), causal=causal, padding=padding, ranges=ranges,
         softmax_scale=pick.choice((None,) * 6 + (0.2, 0.03, -0.2, 0.0)),
         softcap=pick.choice((0.0,) * 6 + (5.0, 30.0)), sinks=sinks,
         sink_dtype=pick.choice((torch.float32, torch.float32, torch.float16 if small else torch.bfloat16)),
@@ -211,11 +212,12 @@ def inputs_of(drawn: Drawn, device: str = "cpu") -> Inputs:
 def arguments(drawn: Drawn, inputs: Inputs) -> dict:
     """Everything that ``attention_sink`` and ``explain`` take after q, k, v and sinks."""
     case, mask = drawn.case, inputs.mask
+    ranges = mask.key_ranges.squeeze(0) if mask.packed and case.ranges else mask.key_ranges
     return {
         "causal": case.causal, "window_size": case.window, "softmax_scale": case.softmax_scale,
         "softcap": case.softcap, "cu_seqlens_q": mask.cu_seqlens_q, "cu_seqlens_k": mask.cu_seqlens_k,
         "key_padding_mask": mask.key_padding_mask, "seqused_k": mask.seqused_k, "leftpad_k": mask.leftpad_k,
-        "deterministic": drawn.deterministic,
+        "key_ranges": ranges, "deterministic": drawn.deterministic,
     }  # fmt: skip
 
 

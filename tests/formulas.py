@@ -35,6 +35,10 @@ def sees(mask: Mask, row: int, i: int, j: int, seqlen_q: int, seqlen_k: int) -> 
         return False
     if mask.leftpad_k is not None and j < int(mask.leftpad_k[row]):
         return False
+    if mask.key_ranges is not None:
+        first, last = mask.key_ranges[row, i].tolist()
+        if not first <= j < last:
+            return False
     distance = (end_k - 1 - j) - (end_q - 1 - i)  # the last query stands at the last key
     return (mask.left < 0 or distance <= mask.left) and (mask.right < 0 or -distance <= mask.right)
 
