@@ -37,10 +37,8 @@ def spill_budget(target: str, case: str, kernel: str = "") -> int:
 
 
 def exceeds(target: str, row: dict) -> bool:
-    """Whether a kernel (a row of ``compile_target.py``) does not fit, spills too much or reads unwritten registers."""
+    """Whether a kernel (a row of ``compile_target.py``) does not fit, spills too much or has wrong descriptors."""
     too_large = row["shared"] > SHARED_MEMORY[target]
     return (
-        too_large
-        or row["spilled"] > spill_budget(target, row["case"], row.get("kernel", ""))
-        or bool(row.get("unwritten"))
+        too_large or row["spilled"] > spill_budget(target, row["case"], row.get("kernel", "")) or bool(row.get("wrong"))
     )

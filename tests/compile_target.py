@@ -3,7 +3,7 @@
 The launchers themselves run, on tensors without memory. A stand-in for Triton's driver names the target, and every
 launch only compiles. So the arguments, their specialisation and the configs are the real ones. Prints one JSON object
 per line: kernel, case, warps, registers a thread, shared memory in bytes, spilled registers (CUDA: stack bytes per
-thread), reads of unwritten registers (``sass.py``; Hopper only). ``--launcher MODULE``: that launcher alone.
+thread), wrong descriptors (``sass.py``; Hopper only). ``--launcher MODULE``: that launcher alone.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ import torch
 import triton
 from cases import Case
 from launchers import LAUNCHERS, meta_call, meta_pages
-from sass import disassemble, unwritten
+from sass import disassemble, misplaced, unwritten
 from triton.backends.compiler import GPUTarget
 from triton.runtime.driver import driver
 
@@ -63,6 +63,9 @@ CASES = {
     "wide decode softcap": Case(1, 8192, heads=(14, 2), head_dim=256, dtype=BF16, padding="left", softcap=9.0),
     "huge decode": Case(1, 8192, heads=(64, 1), head_dim=512, dtype=BF16, used=(8000,)),
     "fp32 huge decode": Case(1, 8192, heads=(64, 1), head_dim=512, dtype=FP32, used=(8000,)),
+    "narrow D 40/24 packed softcap": Case(
+        1024, heads=(6, 3), head_dim=(40, 24), dtype=BF16, window=(127, 0), lengths_q=LENGTHS, softcap=9.0, dlse=True
+    ),
     "one query, one key": Case(1, 1, heads=(1, 1), head_dim=16, dtype=BF16, used=(1,)),
 }
 # for the exhaustive run: features against size classes
@@ -184,7 +187,8 @@ def main(target: str, cases: dict[str, Case], only: str | None = None) -> None:
             row |= {"shared": kernel.metadata.shared, "spilled": spilled}
             if target == "sm90":
                 with tempfile.TemporaryDirectory() as folder:
-                    row["unwritten"] = unwritten(disassemble(kernel.asm["cubin"], Path(folder)))[:3]
+                    listing = disassemble(kernel.asm["cubin"], Path(folder))
+                row["wrong"] = unwritten(listing)[:3] + misplaced(listing)[:3]
             print(json.dumps(row), flush=True)
 
 

@@ -80,7 +80,8 @@ class Structure:
 
 
 def structure(pick: Random, small: bool = False) -> Structure:
-    """``small``: what Triton's interpreter runs in a fraction of a second."""
+    """``small``: what Triton's interpreter runs in a fraction of a second. Else half suit Hopper's kernels."""
+    plain = not small and pick.random() < 0.5
     d, dv = pick.choice(SMALL if small else USUAL)
     if not small and pick.random() < 0.25:
         step = pick.choice((1, 8))
@@ -91,9 +92,11 @@ def structure(pick: Random, small: bool = False) -> Structure:
     dtypes = (torch.bfloat16,) * 4 + (torch.float16,) * 2 + (torch.float32,) * 2
     if small:  # Triton's interpreter multiplies bf16 wrongly
         dtypes = (torch.float16, torch.float32)
+    if plain:
+        dtypes = (torch.bfloat16, torch.float16)
     causal = pick.random() < 0.75
     packed = pick.choice((None, None, None, None, "alike", "alike", "T + 1", "cross"))
-    queries = "many" if packed else pick.choice(("one", "few", "many", "many"))
+    queries = "many" if packed or plain else pick.choice(("one", "few", "many", "many"))
     loss = pick.choice(("out", "out", "both", "both", "lse"))
     sinks = pick.choice(("learned", "learned", "learned", "frozen", None))
     leaves = [name for name in NAMES if name != "dsink" or sinks == "learned"]
@@ -101,24 +104,25 @@ def structure(pick: Random, small: bool = False) -> Structure:
         leaves = [name for name in leaves if pick.random() < 0.5] or [pick.choice(leaves)]
     if queries != "many" and pick.random() < 0.6:
         leaves = []
-    cache = packed is None and pick.random() < 0.3
+    cache = packed is None and not plain and pick.random() < 0.3
     pages = pick.choice((None, 1, 5, 16, 64, 100, 256)) if cache else None
     leftpad = cache and pick.random() < 0.5
-    used = packed is None and (pages is not None or pick.random() < 0.2)
-    padding = None if packed or pages else pick.choice((None,) * 5 + ("left", "right", "holes"))
-    ranges = pick.choice((None,) * 5 + ("random",)) if not cache and padding is None else None
+    used = packed is None and not plain and (pages is not None or pick.random() < 0.2)
+    padding = None if packed or pages or plain else pick.choice((None,) * 5 + ("left", "right", "holes"))
+    ranges = None if cache or padding or plain else pick.choice((None,) * 5 + ("random",))
     case = Case(
         1, 1, heads=(heads_k * group, heads_k), head_dim=(d, dv), batch=1 if packed else pick.choice((1, 1, 2, 3)),
         dtype=pick.choice(dtypes), causal=causal, padding=padding, ranges=ranges,
-        softmax_scale=pick.choice((None,) * 6 + (0.2, 0.03, -0.2, 0.0)),
-        softcap=pick.choice((0.0,) * 6 + (5.0, 30.0)), sinks=sinks,
+        softmax_scale=pick.choice((None,) * 6 + ((0.2, 0.03) if plain else (0.2, 0.03, -0.2, 0.0))),
+        softcap=0.0 if plain else pick.choice((0.0,) * 6 + (5.0, 30.0)), sinks=sinks,
         sink_dtype=pick.choice((torch.float32, torch.float32, torch.float16 if small else torch.bfloat16)),
         dlse=loss != "out", layout=pick.choice(("bshd", "bshd", "bhsd", "bhsd", "sliced", "expanded")),
     )  # fmt: skip
     windows = (None, None, "one", "short", "short", "long", "huge") + (() if causal else ("both", "both", "right"))
+    names = ("auto", "auto", "triton_hopper", "triton_window") if plain else ON_GPU
     drawn = Drawn(
         case, page_size=pages, loss=loss, leaves=tuple(leaves), deterministic=pick.choice((None, None, True)),
-        implementation=pick.choice(INTERPRETED if small or not GPU else ON_GPU),
+        implementation=pick.choice(INTERPRETED if small or not GPU else names),
     )  # fmt: skip
     return Structure(
         drawn, packed, queries, more_keys=pick.random() < 0.3, used=used, leftpad=leftpad, window=pick.choice(windows),

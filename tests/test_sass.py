@@ -1,7 +1,8 @@
-"""``sass.py`` finds a uniform register that some path reads before it is written, and nothing else."""
+"""``sass.py`` finds a uniform register that some path reads before it is written, a descriptor that is an address where
+it should be a constant, and nothing else."""
 
 import pytest
-from sass import unwritten
+from sass import misplaced, unwritten
 
 # UR4 and UR5 are written at 30, which a branch may skip; read at 40 they must have been
 LISTING = """
@@ -52,3 +53,40 @@ def test_parts_reached_through_a_table_begin_with_what_the_jump_had():
     /*0050*/ EXIT ;
     """
     assert unwritten(listing) == ["40 UMOV UR6, UR5"]
+
+
+# UR4 is the address of shared memory, UR7 the lower word of a descriptor, 0x80000020 its upper word
+DESCRIPTOR = """
+/*0000*/ ULEA UR4, UR11, UR4, 0x18 ;
+/*0010*/ USHF.R.U32.HI UR7, URZ, 0x4, UR4 ;
+/*0020*/ UMOV UR10, URZ ;
+/*0030*/ UIADD3 UR14, UP1, UR7, 0x40, URZ ;
+/*0040*/ {upper} ;
+/*0050*/ {after} ;
+/*0060*/ HGMMA.64x32x16.F32.BF16 R104, R28, gdesc[UR12].tnspB, R104 ;
+/*0070*/ EXIT ;
+"""
+CARRY = "UIADD3.X UR15, {}, -0x7fffffe0, URZ, UP1, !UPT"
+SWAP = " ;\n/*0051*/ ".join(f"ULOP3.LUT UR{a}, UR14, UR15, URZ, 0x3c, !UPT" for a in (14, 15, 14))
+
+
+@pytest.mark.parametrize("name", ["UR4", "UR7"])
+def test_a_descriptor_with_an_address_in_its_upper_word(name):
+    listing = DESCRIPTOR.format(upper=CARRY.format(name), after="NOP")
+    assert misplaced(listing) == ["60 HGMMA.64x32x16.F32.BF16 R104, R28, gdesc[UR12].tnspB, R104"]
+
+
+@pytest.mark.parametrize(
+    "after", ["NOP", "UIADD3.64 UR14, UR14, 0x80, URZ", "UIADD3.64 UR14, UR14, UR14, URZ", f"{SWAP} ;\n/*0058*/ {SWAP}"]
+)
+def test_a_right_descriptor(after):
+    assert misplaced(DESCRIPTOR.format(upper=CARRY.format("UR10"), after=after)) == []
+
+
+def test_exchanged_words_are_misplaced():
+    assert misplaced(DESCRIPTOR.format(upper=CARRY.format("UR10"), after=SWAP))
+
+
+def test_two_operands_in_shared_memory_have_two_upper_words():
+    listing = DESCRIPTOR.format(upper=CARRY.format("UR10"), after="UMOV UR13, UR7").replace("R28, ", "")
+    assert misplaced(listing) == ["60 HGMMA.64x32x16.F32.BF16 R104, gdesc[UR12].tnspB, R104"]

@@ -13,7 +13,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ...call import Call, Memo
 from ...masks import DERIVED
-from .config import MAX_PACK, RANGES_BLOCK, TMA_TARGETS
+from .config import LEAST_COLUMNS, MAX_PACK, RANGES_BLOCK, TMA_TARGETS
 from .masks import _segment_range_kernel
 from .relaunch import Blocks, Launch
 
@@ -62,11 +62,15 @@ class Problem:
 
     @property
     def block_d(self) -> int:
-        return padded(self.call.q.shape[-1])
+        return self._columns(self.call.q)
 
     @property
     def block_dv(self) -> int:
-        return padded(self.call.v.shape[-1])
+        return self._columns(self.call.v)
+
+    def _columns(self, x: Tensor) -> int:
+        """Columns of a tile of x."""
+        return max(padded(x.shape[-1]), LEAST_COLUMNS.get(self.target, 0))
 
     @property
     def target(self) -> str:
@@ -232,9 +236,9 @@ def addressable(x: Tensor) -> bool:
     return x.storage_offset() % unit == 0 if torch.compiler.is_compiling() else x.data_ptr() % 16 == 0
 
 
-def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int) -> Blocks:
-    """Blocks of (1, tokens, heads, D) of a BSHD tensor; what lies outside reads as 0 and is not written."""
-    block_shape = [1, tokens, heads, padded(shape[-1])]
+def token_blocks(shape: tuple[int, ...], stride: tuple[int, ...], tokens: int, heads: int, columns: int) -> Blocks:
+    """Blocks of (1, tokens, heads, columns) of a BSHD tensor; what lies outside reads as 0 and is not written."""
+    block_shape = [1, tokens, heads, columns]
     return Blocks(TensorDescriptor, {"shape": shape, "strides": stride, "block_shape": block_shape})
 
 
@@ -247,7 +251,7 @@ def next_power_of_2(n: int) -> int:
 
 
 def padded(d: int) -> int:
-    """Columns of a tile for head dimension d; a matrix product needs 16."""
+    """The power of two that holds head dimension d; a matrix product needs 16."""
     return max(next_power_of_2(d), 16)
 
 

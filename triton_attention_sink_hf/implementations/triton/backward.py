@@ -396,8 +396,8 @@ def _dq_plan(problem: Problem, out_strides, dout_strides, dq_strides, dlse_strid
     tiles = ceil_div(problem.seqlen_q, config.block_m // problem.pack) * problem.batch
     tma = aligned and config.tma
     blocks = {
-        "k_desc": token_blocks(call.k.shape, call.k.stride(), config.block_n, 1),
-        "v_desc": token_blocks(call.v.shape, call.v.stride(), config.block_n, 1),
+        "k_desc": token_blocks(call.k.shape, call.k.stride(), config.block_n, 1, problem.block_d),
+        "v_desc": token_blocks(call.v.shape, call.v.stride(), config.block_n, 1, problem.block_dv),
     }
     launch = Launch(
         _attn_bwd_dq_kernel,
@@ -430,8 +430,8 @@ def _dkv_plan(problem: Problem, dout_strides, dk_strides, dv_strides, aligned: b
     tma = aligned and config.tma and problem.pack >= MIN_TMA_PACK
     tokens, out_shape = config.block_m // problem.pack, (*call.q.shape[:3], call.v.shape[-1])
     blocks = {
-        "q_desc": token_blocks(call.q.shape, call.q.stride(), tokens, problem.pack),
-        "dout_desc": token_blocks(out_shape, dout_strides, tokens, problem.pack),
+        "q_desc": token_blocks(call.q.shape, call.q.stride(), tokens, problem.pack, problem.block_d),
+        "dout_desc": token_blocks(out_shape, dout_strides, tokens, problem.pack, problem.block_dv),
         "statistics_desc": statistics_blocks(problem, tokens),
     }
     launch = Launch(

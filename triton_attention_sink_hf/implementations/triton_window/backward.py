@@ -197,9 +197,9 @@ def _dq_plan(problem: Problem, dout_strides, dq_strides, dlse_strides, tma: bool
     n_tiles = tiles * (problem.heads_q // problem.pack)
     shape, out_shape = call.q.shape, (*call.q.shape[:3], call.v.shape[-1])
     blocks = {
-        "q_ptr": token_blocks(shape, call.q.stride(), config.tokens, problem.pack),
-        "dout_ptr": token_blocks(out_shape, dout_strides, config.tokens, problem.pack),
-        "dq_ptr": token_blocks(shape, dq_strides, config.tokens, problem.pack),
+        "q_ptr": token_blocks(shape, call.q.stride(), config.tokens, problem.pack, problem.block_d),
+        "dout_ptr": token_blocks(out_shape, dout_strides, config.tokens, problem.pack, problem.block_dv),
+        "dq_ptr": token_blocks(shape, dq_strides, config.tokens, problem.pack, problem.block_d),
     }
     launch = Launch(
         _window_bwd_dq_kernel,

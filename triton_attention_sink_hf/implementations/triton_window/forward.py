@@ -260,7 +260,7 @@ def _window_fwd_kernel(
 def _plan(problem: Problem, out_strides, tma: bool) -> Launch:
     call, config = problem.call, forward_config(problem)
     n_tiles = ceil_div(problem.seqlen_q, config.tokens) * problem.batch * (problem.heads_q // problem.pack)
-    q_blocks = token_blocks(call.q.shape, call.q.stride(), config.tokens // config.parts, problem.pack)
+    q_blocks = token_blocks(call.q.shape, call.q.stride(), config.tokens // config.parts, problem.pack, problem.block_d)
     return Launch(
         _window_fwd_kernel,
         (min(n_tiles, programs(problem, config)),),
