@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import gc
+import os
 import platform
 import subprocess
 import time
@@ -177,11 +178,13 @@ def compile_all(
     command = module_command("cli", "bench", "--compile-only")
     for path in extra_path:
         command += ["--extra-path", str(path)]
+    variables = os.environ | {"TORCHINDUCTOR_COMPILE_THREADS": "1"}  # else each process has a pool of its own
 
     def compile_one(job: tuple[Case, str]) -> None:
         case, name = job
         start = time.perf_counter()
-        subprocess.run([*command, "--cases", case.name, "--implementations", name], capture_output=True, check=False)
+        chosen = ["--cases", case.name, "--implementations", name]
+        subprocess.run([*command, *chosen], capture_output=True, check=False, env=variables)
         log(f"compiled {case.name}: {name}, {time.perf_counter() - start:.0f} s")
 
     with ThreadPoolExecutor(processes) as pool:

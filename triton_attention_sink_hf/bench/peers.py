@@ -144,8 +144,10 @@ def flex_attention(case, tensors) -> Runner:
             ok = ok & (i + shift - j < case.window)
         return ok if segment is None else ok & (segment[i] == segment[j])
 
-    mask = torch.compile(create_block_mask)(visible, None, None, case.seqlen_q, case.seqlen, device=device)
-    compiled = torch.compile(flex_attention)
+    # static shapes: faster, and what --prepare compiled serves
+    create = torch.compile(create_block_mask, dynamic=False)
+    mask = create(visible, None, None, case.seqlen_q, case.seqlen, device=device)
+    compiled = torch.compile(flex_attention, dynamic=False)
 
     def function(q, k, v, s):
         out, lse = compiled(*(x.transpose(1, 2) for x in (q, k, v)), block_mask=mask, enable_gqa=True, return_lse=True)
