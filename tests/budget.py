@@ -11,7 +11,8 @@ heads, one row's lse), or if a few rows make up most of the error; the summation
 ``eager`` computes the same in ``DRAWS`` ways: features and keys in another order, exponents in another base (kernels
 use 2), rounded values scaled by another factor. Its error is the root mean square over the draws. The kernel is one
 draw too: it may lie ``DEVIATIONS`` standard deviations of the draws above that. With a hundred independent numbers or
-more these are small, and the factor of 1.5 decides.
+more these are small, and the factor of 1.5 decides. A dsink is one number, a sum of which much may cancel: its error is
+at least the norm of its terms' errors, which is what independent ones add up to.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ HEAD_FACTOR = 6.0
 # times if it is a single normal number, and once in 1,000,000 if it is the norm of two or more (six of them: once in
 # 2,000 and in 7,000). A run of the suite makes 5,000 comparisons, few of them over so few numbers.
 DRAWS, DEVIATIONS = 16, 10.0
-HEAD_AXIS = {"out": 2, "lse": 1, "dq": 2, "dk": 2, "dv": 2, "dsink": 0}
+HEAD_AXIS = {"out": 2, "lse": 1, "dq": 2, "dk": 2, "dv": 2, "dsink": 0, "dsink terms": 1}
 
 
 @dataclass(frozen=True)
@@ -109,20 +110,26 @@ def measure(
         dtype = got[name].dtype
         errors = torch.stack([norms(yardstick[name].double() - exact) for yardstick in yardsticks])
         roundings = torch.stack([norms(_round(exact, dtype, _base(draw)) - exact) for draw in range(draws)])
+        least = torch.zeros_like(errors)
         if name == "dsink":
             # exp(sink - lse): a rounding of an exponent of that size in fp32, common to a head's rows, in any base
             seen = want["lse"].masked_fill(want["lse"] == float("-inf"), 0.0).abs().movedim(1, 0).flatten(1)
             exponent = torch.maximum(torch.nn.functional.pad(seen, (0, 1)).amax(1), inputs.sinks.double().abs())
             roundings = roundings + exact.abs() * exponent.clamp(max=1000.0) * 2**-24  # beyond, exp is 0 or 1 exactly
-        columns = [norms(exact)[None], norms(result - exact)[None], errors, roundings]
+            terms = [yardstick["dsink terms"].double() - want["dsink terms"] for yardstick in yardsticks]
+            least = torch.stack([norms(difference, 1) for difference in terms])
+        columns = [norms(exact)[None], norms(result - exact)[None], errors, roundings, least]
         rows.append(_row(name, None, *(torch.linalg.vector_norm(x, dim=1) for x in columns)))
         rows += [_row(name, head, *(x[:, head] for x in columns)) for head in range(errors.shape[1])]
     return rows
 
 
-def _row(name: str, head: int | None, size: Tensor, error: Tensor, draws: Tensor, roundings: Tensor) -> Row:
-    rms, deviation = draws.square().mean().sqrt(), draws.std(correction=1)
-    return Row(name, head, size.item(), error.item(), rms.item(), deviation.item(), roundings.amax().item())
+def _row(
+    name: str, head: int | None, size: Tensor, error: Tensor, draws: Tensor, roundings: Tensor, least: Tensor
+) -> Row:
+    eager_error = torch.maximum(draws.square().mean(), least.square().mean()).sqrt()
+    deviation = draws.std(correction=1)
+    return Row(name, head, size.item(), error.item(), eager_error.item(), deviation.item(), roundings.amax().item())
 
 
 def _base(draw: int) -> float:
@@ -178,7 +185,17 @@ def _oracle(case: Case, inputs: Inputs) -> dict[str, Tensor]:
         loss = loss + (lse.masked_fill(lse == float("-inf"), 0.0) * inputs.dlse.double()).sum()
     leaves = [q, k, v] if sinks is None else [q, k, v, sinks]
     results = dict(zip(("dq", "dk", "dv", "dsink"), torch.autograd.grad(loss, leaves), strict=False))
-    return results | {"out": out.detach(), "lse": lse.detach()}
+    results |= {"out": out.detach(), "lse": lse.detach()}
+    if sinks is not None:
+        delta = (results["out"] * dout).sum(-1).transpose(1, 2)
+        results["dsink terms"] = _dsink_terms(sinks.detach(), results["lse"], delta, inputs.dlse)
+    return results
+
+
+def _dsink_terms(sinks: Tensor, lse: Tensor, delta: Tensor, dlse: Tensor | None, base: float = 1.0) -> Tensor:
+    """What each row adds to dsink, (B, H, Sq). 0 where a row sees neither key nor sink: both are -inf."""
+    p_sink = torch.exp((sinks[:, None] - lse) / base).masked_fill(lse == float("-inf"), 0.0)
+    return -p_sink * (delta if dlse is None else delta - dlse)
 
 
 def _eager(case: Case, inputs: Inputs, rounded_delta: bool, draw: int) -> dict[str, Tensor]:
@@ -233,9 +250,8 @@ def _eager(case: Case, inputs: Inputs, rounded_delta: bool, draw: int) -> dict[s
         if not rounded_delta:
             delta = (dout * torch.einsum("bhij,bjd->bihd", p, v)).sum(-1).transpose(1, 2)
             delta = delta if inputs.dlse is None else delta - inputs.dlse
-        # where a row sees neither key nor sink, both are -inf and it adds nothing
-        p_sink = torch.exp((sink[:, None] - lse) / base).masked_fill(lse == float("-inf"), 0.0)
-        results["dsink"] = -(p_sink * (delta * base)).sum((0, 2)) / base
+        results["dsink terms"] = _dsink_terms(sink, lse, delta, None, base)
+        results["dsink"] = (results["dsink terms"] * base).sum((0, 2)) / base
     return results
 
 
