@@ -95,10 +95,9 @@ BENCH_RESULTS = {
 }
 
 
-def test_the_repository_holds_a_run_of_all_cases():
-    assert {row["case"] for row in json.loads(BENCH_RESULTS["h100"].read_text())["rows"]} == {
-        case.name for case in CASES
-    }
+def test_the_repository_holds_runs_of_all_cases():
+    runs = plots.read(BENCH_RESULTS["h100"])
+    assert {row["case"] for run in runs for row in run["rows"]} == {case.name for case in CASES}
 
 
 @pytest.mark.parametrize("run", BENCH_RESULTS)
@@ -190,22 +189,22 @@ def test_the_problems_that_have_words_are_those_of_the_peers():
     assert all(f'Unsupported("{problem}")' in inspect.getsource(peers) for problem in plots.WORDS)
 
 
-def test_cases_measured_again_come_from_the_later_run_alone(tmp_path):
+def test_cases_of_another_run_come_from_it_alone(tmp_path):
     first = _run(*(_row("ours", "forward", 2.0, case) for case in ("full-2k", "full-8k")))
     later = _run(*(_row("ours", "forward", 3.0, case) for case in ("full-2k", "full-8k")), commit="def")
     (tmp_path / "later.json").write_text(json.dumps(later))
-    (tmp_path / "first.json").write_text(json.dumps({**first, "measured_again": {"later.json": ["full-2k"]}}))
+    (tmp_path / "first.json").write_text(json.dumps({**first, "other_runs": {"later.json": ["full-2k"]}}))
     runs = plots.read(tmp_path / "first.json")
     panels = {
         panel.title: [(group.label, group.ms) for group in panel.groups] for panel in plots.panels(runs, "forward")
     }
     assert panels == {
-        "Dense rows, full causal\n(of a later run, commit def)": [("full causal, 2k, D 64", 3.0)],
+        "Dense rows, full causal\n(of another run, commit def)": [("full causal, 2k, D 64", 3.0)],
         "Dense rows, full causal": [("full causal, 8k, D 64", 2.0)],
     }
     text = plots.caption(runs)
     assert "\nRun: H100, driver 5, torch 2.11, triton 3.6, 2026-01-02, commit abc" in text
-    assert "\nLater run: H100, driver 5, torch 2.11, triton 3.6, 2026-01-02, commit def" in text
+    assert "\nAnother run: H100, driver 5, torch 2.11, triton 3.6, 2026-01-02, commit def" in text
     with pytest.raises(ValueError, match=r"must be a bench\.json"):
         plots.read(RESULTS / "h100-host.json")
 

@@ -60,17 +60,17 @@ class Panel:
 
 
 def read(path: Path) -> list[dict]:
-    """The run in a bench.json, then each later run that its ``measured_again`` names.
+    """The run in a bench.json, then each other run that its ``other_runs`` names.
 
-    ``{"measured_again": {FILE: [CASE, ...]}}``: those cases are taken from FILE, in the same folder, and from it alone.
+    ``{"other_runs": {FILE: [CASE, ...]}}``: those cases are taken from FILE, in the same folder, and from it alone.
     """
     run = _load(path)
-    again = run.get("measured_again", {})
-    moved = {case for cases in again.values() for case in cases}
+    others = run.get("other_runs", {})
+    moved = {case for cases in others.values() for case in cases}
     runs = [{**run, "rows": [row for row in run["rows"] if row["case"] not in moved]}]
-    for file, cases in again.items():
-        later = _load(path.parent / file)
-        runs.append({**later, "rows": [row for row in later["rows"] if row["case"] in cases]})
+    for file, cases in others.items():
+        other = _load(path.parent / file)
+        runs.append({**other, "rows": [row for row in other["rows"] if row["case"] in cases]})
     return runs
 
 
@@ -92,7 +92,7 @@ def panels(runs: list[dict], direction: str) -> list[Panel]:
             if group := _group(case, rows, names, direction):
                 found.setdefault((_kind(case), n), []).append(group)
     return [
-        Panel(kind + (f"\n(of a later run, commit {runs[n]['environment']['commit']})" if n else ""), groups)
+        Panel(kind + (f"\n(of another run, commit {runs[n]['environment']['commit']})" if n else ""), groups)
         for (kind, n), groups in found.items()
     ]
 
@@ -150,7 +150,7 @@ def caption(runs: list[dict]) -> str:
     for n, run in enumerate(runs):
         of = run["environment"]
         software = f"driver {of['driver']}, torch {of['torch']}, triton {of['triton']}"
-        lines.append(f"{'Later run' if n else 'Run'}: {of['card']}, {software}, {of['date']}, commit {of['commit']}")
+        lines.append(f"{'Another run' if n else 'Run'}: {of['card']}, {software}, {of['date']}, commit {of['commit']}")
     return "\n".join(lines)
 
 

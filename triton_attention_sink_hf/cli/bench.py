@@ -52,10 +52,13 @@ def bench(
         _list()
         return
     import torch
+    from triton import knobs
 
     if not torch.cuda.is_available():
         refuse("bench needs a GPU that torch can use; none was found")
     os.environ.setdefault("FLASH_ATTENTION_CUTE_DSL_CACHE_ENABLED", "1")  # else nothing finds what --prepare compiled
+    # where Triton looks anyway, but torch.compile would name another folder in the middle of the run
+    os.environ.setdefault("TRITON_CACHE_DIR", knobs.cache.dir)
     for path in extra_path or []:
         site.addsitedir(str(path))
     from ..bench import report
