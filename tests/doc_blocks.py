@@ -28,7 +28,7 @@ from pathlib import Path
 from in_forks import run
 from processes import ROOT
 
-DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.md")
+DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.md", "MATHEMATICS.md")
 IN_ORDER = "all, in order"
 BLOCK = re.compile(r"^```python((?: \w+=[\w-]+)*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # `make test` installs TRL there, apart: verl 0.9.1's actor fails where TRL 1.16 can be imported
@@ -81,7 +81,7 @@ def execute(document: str, sequence: list[Block]) -> None:
 
 def main(documents: list[str]) -> dict[str, dict[str, str | None]]:
     import torch
-    import transformers.models.gpt_oss.modeling_gpt_oss
+    import transformers.models.gpt_oss.modeling_gpt_oss  # noqa: F401
     import triton  # noqa: F401
 
     torch.set_num_threads(1)
