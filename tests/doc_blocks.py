@@ -29,6 +29,10 @@ from in_forks import run
 from processes import ROOT
 
 DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.md", "MATHEMATICS.md")
+PAGES = (
+    *DOCUMENTS, "CONTRIBUTING.md", "triton_attention_sink_hf/README.md", "examples/verl/README.md",
+    "benchmarks/README.md", "benchmarks/LOG.md", "benchmarks/ARCHITECTURES.md", "MODELS.md", "SECURITY.md",
+)  # fmt: skip
 IN_ORDER = "all, in order"
 BLOCK = re.compile(r"^```python((?: \w+=[\w-]+)*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)
 # `make test` installs TRL there, apart: verl 0.9.1's actor fails where TRL 1.16 can be imported

@@ -1,4 +1,4 @@
-"""Every shell command and YAML block of the documents: it runs here, or a table says why not and which test does instead.
+"""Every shell command and YAML block of the documents runs here, or a table says why not and which test does instead.
 
 A command stands in a ```bash block, or between backquotes behind the name of a program. One that neither runs nor is
 listed fails. What all of them name exists: make targets and variables, files, modules, options, extras, versions.
@@ -18,8 +18,8 @@ from typing import NamedTuple
 import pytest
 import typer
 from command_line import invoke
+from doc_blocks import PAGES
 from processes import ROOT, environment
-from test_docs import PAGES
 
 from triton_attention_sink_hf.cli import app
 
@@ -27,17 +27,8 @@ if sys.version_info >= (3, 11):
     import tomllib
 
 PROGRAMS = (
-    "accelerate",
-    "git",
-    "make",
-    "pip",
-    "python",
-    "python3",
-    "swift",
-    "torchrun",
-    "triton-attention-sink",
-    "trl",
-)
+    "accelerate", "git", "make", "pip", "python", "python3", "swift", "torchrun", "triton-attention-sink", "trl",
+)  # fmt: skip
 RESULTS = ROOT / "benchmarks" / "results"
 without_verl = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed (`make test` does it)")
 

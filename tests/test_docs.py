@@ -10,17 +10,13 @@ import re
 
 import doc_blocks
 import pytest
-from doc_blocks import DOCUMENTS, IN_ORDER
+from doc_blocks import DOCUMENTS, IN_ORDER, PAGES
 from processes import ROOT, python
 
 import triton_attention_sink_hf as package
 from triton_attention_sink_hf.cli import app
 from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward
 
-PAGES = (
-    *DOCUMENTS, "CONTRIBUTING.md", "triton_attention_sink_hf/README.md", "examples/verl/README.md",
-    "benchmarks/README.md", "benchmarks/LOG.md", "benchmarks/ARCHITECTURES.md", "MODELS.md", "SECURITY.md",
-)  # fmt: skip
 BLOCKS = {document: doc_blocks.blocks((ROOT / document).read_text()) for document in DOCUMENTS}
 
 
