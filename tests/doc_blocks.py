@@ -32,6 +32,7 @@ DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.
 PAGES = (
     *DOCUMENTS, "CONTRIBUTING.md", "triton_attention_sink_hf/README.md", "examples/verl/README.md",
     "benchmarks/README.md", "benchmarks/LOG.md", "benchmarks/ARCHITECTURES.md", "MODELS.md", "SECURITY.md",
+    "TROUBLESHOOTING.md",
 )  # fmt: skip
 IN_ORDER = "all, in order"
 BLOCK = re.compile(r"^```python((?: \w+=[\w-]+)*)\n(.*?)^```$", re.MULTILINE | re.DOTALL)

@@ -60,7 +60,7 @@ def commands(page: str) -> list[Command]:
     prose = re.sub(r"^```.*?^```$", "", (ROOT / page).read_text(), flags=re.MULTILINE | re.DOTALL)
     inline = (Command(page, text.replace("\\|", "|")) for text in re.findall(r"`([^`\n]+)`", prose))
     bare = ("pip install", "accelerate launch")  # names of a step
-    return found + [x for x in inline if x.text.split()[0] in PROGRAMS and " " in x.text and x.text not in bare]
+    return found + [x for x in inline if x.text.split(" ")[0] in PROGRAMS and " " in x.text and x.text not in bare]
 
 
 COMMANDS = list({command.text: command for page in PAGES for command in commands(page)}.values())
