@@ -8,8 +8,8 @@ A block's first line says on what it builds; its readers see the language alone.
     ```python needs=P     runs where the package P is installed
     ```py                 not run: NOT_RUN says why
 
-Each runs in a process, a namespace and a folder of its own, where ``gpt-oss-20b-bf16`` is a tiny model. torch, triton and
-transformers are imported once, this package in every block anew. Then all blocks of the document run in order, as a
+Each runs in a process, a namespace and a folder of its own, where ``gpt-oss-20b-bf16`` is a tiny model. torch, triton
+and transformers are imported once, this package in every block anew. Then all blocks of the document run in order, as a
 reader would in a notebook.
 """
 
