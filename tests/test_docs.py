@@ -1,48 +1,64 @@
-"""Every Python block of the guides runs, in order, in one process per document; links lead somewhere.
+"""Every Python block of the guides runs, alone and in order; links lead somewhere.
 
 API.md names every public name, argument and command.
 """
 
-import importlib.util
 import inspect
 import json
 import pkgutil
 import re
 
+import doc_blocks
 import pytest
+from doc_blocks import DOCUMENTS, IN_ORDER, NOT_RUN, PAGES
 from processes import ROOT, python
 
 import triton_attention_sink_hf as package
 from triton_attention_sink_hf.cli import app
 from triton_attention_sink_hf.flash_attention_triton_sink import attention_forward
 
-DOCUMENTS = ("README.md", "INSTALLATION_GUIDE.md", "CLEAN_USAGE_GUIDE.md", "API.md")
-PAGES = (
-    *DOCUMENTS, "CONTRIBUTING.md", "triton_attention_sink_hf/README.md", "examples/verl/README.md",
-    "benchmarks/README.md", "benchmarks/LOG.md", "benchmarks/ARCHITECTURES.md", "MODELS.md", "SECURITY.md",
-)  # fmt: skip
-# ```python, or ```python needs=PACKAGE for a block that runs where PACKAGE is installed. ```py needs a real checkpoint.
-BLOCK = re.compile(r"^```python(?: needs=(\w+))?\n(.*?)^```$", re.MULTILINE | re.DOTALL)
+BLOCKS = {document: doc_blocks.blocks((ROOT / document).read_text()) for document in DOCUMENTS}
 
 
-def runnable(document: str) -> str:
-    """The document's blocks as one program with the document's line numbers."""
-    text = (ROOT / document).read_text()
-    lines = [""] * text.count("\n")
-    for block in BLOCK.finditer(text):
-        needs, code = block.groups()
-        if needs is None or importlib.util.find_spec(needs) is not None:
-            first = text.count("\n", 0, block.start(2))
-            lines[first : first + code.count("\n")] = code.splitlines()
-    return "\n".join(lines)
+# The third block leans on the first without saying so.
+WRONG_PAGE = "\n```python name=x\nx = 1\n```\n```python after=x\nassert x\n```\n```python\nassert x\n```\n"
 
 
-@pytest.mark.parametrize("document", DOCUMENTS)
-def test_the_python_blocks_run(document, tmp_path):
-    program = tmp_path / document.replace(".md", ".py")
-    program.write_text(runnable(document))
-    assert program.read_text().strip(), f"{document} has no Python block"
-    python(program, cwd=tmp_path)
+@pytest.fixture(scope="module")
+def errors(tmp_path_factory):
+    """Of every block: document -> its line, or "all, in order" -> a traceback or None."""
+    page = tmp_path_factory.mktemp("docs") / "wrong.md"
+    page.write_text(WRONG_PAGE)
+    found = json.loads(python(doc_blocks.__file__, *DOCUMENTS, page).stdout.splitlines()[-1])
+    return found | {"wrong": found.pop(f"{page}")}
+
+
+@pytest.mark.xdist_group("doc blocks")
+@pytest.mark.parametrize(
+    ("document", "block"),
+    [(document, block) for document in DOCUMENTS for block in [*(f"{x.line}" for x in BLOCKS[document]), IN_ORDER]],
+)
+def test_the_python_block_runs(document, block, errors):
+    if block not in errors[document]:
+        pytest.skip(f"{document}:{block} needs a package that is not installed")
+    assert errors[document][block] is None, errors[document][block]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_every_python_block_is_found(page):
+    text = (ROOT / page).read_text()
+    assert len(re.findall(r"^ *```python", text, re.MULTILINE)) == len(BLOCKS.get(page, ()))
+    assert (page in BLOCKS) == ("```python" in text)
+    for first_line in re.findall(r"^ *```py\n(.*)", text, re.MULTILINE):
+        (test,) = (test for begins, (_, test) in NOT_RUN.items() if first_line.startswith(begins))
+        assert (ROOT / test).is_file()
+
+
+@pytest.mark.xdist_group("doc blocks")
+def test_a_block_that_fails_alone_is_told_from_one_that_runs(errors):
+    failed = {block: error for block, error in errors["wrong"].items() if error}
+    assert set(errors["wrong"]) == {"3", "6", "9", IN_ORDER} and set(failed) == {"9"}
+    assert 'wrong.md", line 9' in failed["9"] and "NameError" in failed["9"]
 
 
 def anchors(text: str) -> set[str]:
