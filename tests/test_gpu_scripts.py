@@ -126,7 +126,11 @@ def test_bits_that_differ_are_counted(tmp_path, monkeypatch):
 
 SANITIZER = """#!/bin/sh
 echo "========= COMPUTE-SANITIZER"
-echo "$@" | grep -q -- "--tool {tool} .*sanitized.py --work" && echo "========= {summary}"
+echo "=========     at _a_kernel+0x10 in a.py:3"
+echo "========= Error: Race reported between Write access at _a_kernel+0x20 in a.py:4"
+echo "=========     and Read access at _b_kernel+0x30 in a.py:5 [2 hazards]"
+echo '["a call below it"]'
+echo "$@" | grep -q -- "--tool {tool} .*sanitized.py --work --tool {tool}" && echo "========= {summary}"
 """
 
 
@@ -148,7 +152,8 @@ def test_what_the_sanitizer_says_is_reported(tmp_path, monkeypatch, tool, summar
     monkeypatch.setattr(sys, "argv", arguments)
     assert sanitized.main() == status
     data = json.loads((tmp_path / f"sanitizer-{tool}.json").read_text())
-    assert data["errors"] == errors and data["calls"] == ["a call"] and summary in data["said"][1]
+    assert data["errors"] == errors and data["calls"] == ["a call below it"] and summary in data["said"][-1]
+    assert data["kernels"] == {"_a_kernel": 2}
     monkeypatch.setattr(sys, "argv", [*arguments[:-1], str(tmp_path / "nowhere")])
     assert sanitized.main() == 2
 
