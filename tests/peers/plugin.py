@@ -63,7 +63,9 @@ def stand_in(modules: dict[str, dict], checkout: Path) -> None:
             setattr(sys.modules[parent], last, module)
 
 
-def pytest_configure(config: pytest.Config) -> None:
+@pytest.hookimpl(tryfirst=True)
+def pytest_load_initial_conftests() -> None:
+    """Before a conftest.py of the peer imports what has to be stood in for."""
     module = importlib.import_module(STAND_INS[os.environ["PEERS_NAME"]])
     served.install()
     if hasattr(module, "install"):
