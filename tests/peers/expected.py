@@ -20,6 +20,8 @@ LEFT_OUT = {
     r"::test_(can_set_attention_dynamically|sdpa_can_dispatch_non_composite_models)$": "wants sdpa by its name",
     r"::test_flash_attn_invalid_head_dim\[": "wants FlashAttention-4's message",
     r"IntegrationTest::": "needs weights",
+    # past the cache's end: on a GPU no value is read, and an append ends the process by a device-side assertion
+    r"::test_flash_attn_kvcache_paged_block_table_bounds\[": "wants lengths checked on the device",
     r"::test_flash_attn_2_fp32_ln$": "needs bitsandbytes",
     r"::test_flash_attn_generator_arg_must_be_none$": "flash-attn's C++ functions",
 }
