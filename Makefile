@@ -23,13 +23,20 @@ PIP_INSTALL = $(VENV)/bin/python -m pip install $(if $(CONSTRAINTS),-c $(CONSTRA
 HOSTS ?=
 HOST_ENVIRONMENTS ?= .venv-hosts
 
-.PHONY: help demo test nightly arch-table hosts lint gpu-demo gpu-test bench clean
+# checkouts of peer-tests, any of them, and options of tests/peers/run.py
+FLASH_ATTENTION ?=
+FLA ?=
+TRANSFORMERS ?=
+PEER_ARGS ?=
+
+.PHONY: help demo test nightly arch-table hosts peer-tests lint gpu-demo gpu-test bench clean
 help:
 	@echo "make demo      verl's trainer with this attention, by one config line (2 minutes; ATTN=name|path, STEPS=3, SP=1|2)"
 	@echo "make test      all tests that need no GPU"
 	@echo "make nightly   and what make test samples: every kernel on every architecture, thousands of random calls (hours)"
 	@echo "make arch-table  registers, spills and shared memory of every kernel on every architecture (half an hour a Triton)"
 	@echo "make hosts     other trainers with this attention, each in an environment of its own (40 minutes; HOSTS=\"TRL Axolotl\")"
+	@echo "make peer-tests  other packages' test suites against this one (FLASH_ATTENTION=, FLA=, TRANSFORMERS=checkout, PEER_ARGS=)"
 	@echo "make lint      ruff check and ruff format --check"
 	@echo "make gpu-demo  verl's trainer with vLLM on a GPU, against eager (10 minutes; MODEL=\"gpt_oss llama\", ATTN, STEPS, SP)"
 	@echo "make gpu-test  the tests that need a GPU, with the current Python (PYTEST_ARGS=\"-n 8 --dist loadgroup\" in parallel)"
@@ -50,6 +57,10 @@ arch-table: $(VENV)/installed
 
 hosts:
 	$(PYTHON) tests/hosts/run.py $(HOSTS) --environments $(HOST_ENVIRONMENTS)
+
+peer-tests:
+	$(PYTHON) tests/peers/run.py $(if $(FLASH_ATTENTION),--flash-attention $(FLASH_ATTENTION)) $(if $(FLA),--fla $(FLA)) \
+	  $(if $(TRANSFORMERS),--transformers $(TRANSFORMERS)) $(PEER_ARGS)
 
 lint: $(VENV)/ruff
 	$(VENV)/bin/python -m ruff check .
