@@ -108,6 +108,7 @@ LISTED = {
     "make lint": ("installs ruff", ("Makefile", "ruff check .")),
     "make demo": (TRAINS, ("tests/test_verl.py", "def test_main_ppo_by_one_config_line")),
     "make hosts": ("installs trainers, 40 minutes", ("tests/test_hosts.py", "compare.py")),
+    "make peer-tests": ("takes checkouts of other packages", ("tests/test_peers.py", '"run.py"')),
     "make arch-table": ("half an hour", ("tests/test_compile_targets.py", "import architectures")),
     "make gpu-demo": (GPU, ("tests/test_verl.py", "gpu_demo.failures")),
     "make gpu-test": (GPU, ("tests/test_gpu.py", "pytest.mark.gpu")),
