@@ -3,9 +3,9 @@
 import inspect
 import itertools
 import json
-from pathlib import Path
 
 import pytest
+from results import RESULTS
 from typer.testing import CliRunner
 
 from triton_attention_sink_hf.bench import measure, peers, plots, report
@@ -14,7 +14,6 @@ from triton_attention_sink_hf.bench.peers import Runner
 from triton_attention_sink_hf.cli import app
 
 CEILINGS = {"copy_tb_s": 3.0, "matmul_tflop_s": 700.0}
-RESULTS = Path(__file__).parent.parent / "benchmarks" / "results"
 
 
 def _row(implementation, direction, ms, case="full-8k"):

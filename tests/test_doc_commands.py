@@ -5,7 +5,6 @@ listed fails. What all of them name exists: make targets and variables, files, m
 """
 
 import io
-import json
 import re
 import shlex
 import subprocess
@@ -20,6 +19,7 @@ import typer
 from command_line import invoke
 from doc_blocks import PAGES
 from processes import ROOT, environment
+from results import ENVIRONMENTS
 
 from triton_attention_sink_hf.cli import app
 
@@ -29,7 +29,6 @@ if sys.version_info >= (3, 11):
 PROGRAMS = (
     "accelerate", "git", "make", "pip", "python", "python3", "swift", "torchrun", "triton-attention-sink", "trl",
 )  # fmt: skip
-RESULTS = ROOT / "benchmarks" / "results"
 without_verl = pytest.mark.skipif(find_spec("verl") is None, reason="verl is not installed (`make test` does it)")
 
 
@@ -195,10 +194,9 @@ def check_requirement(word: str) -> None:
     name, pinned, version = word.partition("==")
     if pinned and re.match(r"\d", version):
         pins = (ROOT / "constraints.txt").read_text() + (ROOT / "triton_attention_sink_hf/cli/export.py").read_text()
-        environments = [json.loads(file.read_text()).get("environment", {}) for file in RESULTS.glob("*.json")]
         guides = "flash-attn==2.8.3"  # verl's pin, for its Triton part
         assert word == guides or f'"{version}"' in pins or word in pins.splitlines() or any(
-            known.get(name) == version for known in environments
+            known.get(name) == version for known in ENVIRONMENTS
         ), f"{word}: no result was made with it"  # fmt: skip
 
 

@@ -8,15 +8,12 @@ from dataclasses import replace
 import pytest
 import torch
 from processes import ROOT
+from results import ENVIRONMENTS, RESULTS
 
 sys.path.insert(0, str(ROOT / "tests" / "hosts"))
 from catalogue import HOSTS
 
 GUIDE = (ROOT / "INSTALLATION_GUIDE.md").read_text()
-RESULTS = ROOT / "benchmarks" / "results"
-ENVIRONMENTS = [
-    data["environment"] for file in RESULTS.glob("*.json") if "environment" in (data := json.loads(file.read_text()))
-]
 CONSTRAINTS = dict(
     line.split("==") for line in (ROOT / "constraints.txt").read_text().splitlines() if re.match(r"[\w-]+==", line)
 )
