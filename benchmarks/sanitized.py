@@ -31,8 +31,8 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
 from budget import assert_within_budget  # noqa: E402
-from cases import Case, make_inputs, run  # noqa: E402
-from drawn_calls import Drawn, inputs_of, served_by  # noqa: E402
+from cases import Case, differentiated, make_inputs, run  # noqa: E402
+from drawn_calls import Drawn, arguments, inputs_of, served_by  # noqa: E402
 from drawn_calls import run as run_drawn  # noqa: E402
 from visibility import Visible, tree_visible  # noqa: E402
 
@@ -91,17 +91,16 @@ def work(check: Callable = assert_within_budget, tool: str | None = None) -> lis
     device = "cuda" if torch.cuda.is_available() else "cpu"
     ran = []
     for implementation, cases in CASES.items():
+        if implementation in UNSEEN.get(tool, ()):
+            continue
         for name, case in cases.items():
             if device == "cpu":
                 case = replace(case, dtype=torch.float32)
             drawn = Drawn(case, deterministic=False, implementation=implementation)
             inputs = make_inputs(case, device)
             q, k, v = ((x.squeeze(0) if inputs.mask.packed else x) for x in (inputs.q, inputs.k, inputs.v))
-            mask = {"cu_seqlens_q": inputs.mask.cu_seqlens_q, "cu_seqlens_k": inputs.mask.cu_seqlens_k}
-            options = {**mask, "leftpad_k": None, "window_size": case.window, "softcap": case.softcap}
-            if implementation in UNSEEN.get(tool, ()):
-                continue
-            if device == "cuda" and served_by(drawn, q, k, v, inputs.sinks, options) != implementation:
+            served = served_by(drawn, q, k, v, inputs.sinks, arguments(drawn, inputs))
+            if device == "cuda" and served != implementation:
                 continue
             results = run(case, inputs, implementation if device == "cuda" else "reference", False)
             check(case, inputs, results, tiny=True, rounded_delta=implementation == "triton_hopper")
@@ -120,15 +119,12 @@ def trees(device: str, check: Callable) -> list[str]:
     for left, heads, dims in ((-1, (8, 2), (64, 64)), (127, (8, 2), (64, 64)), (40, (6, 3), (40, 24))):
         case = Case(tree.total, causal=False, heads=heads, head_dim=dims, dtype=BF16)
         inputs = replace(make_inputs(case, device), mask=Visible(tree_visible(tree, left, device)))
-        leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
-        q, k, v = (x[0] for x in leaves[:3])
-        out, lse = shared_prefix_attention(
-            q, k, v, leaves[3], tree=tree, window_size=(left, 0), softcap=case.softcap, return_lse=True
-        )
-        gradients = torch.autograd.grad(out, leaves, inputs.dout[0])
-        results = {"out": out.detach()[None], "lse": lse.detach()[None]}
-        results |= zip(("dq", "dk", "dv", "dsink"), gradients, strict=True)
-        check(case, inputs, results, tiny=True, rounded_delta=True)
+
+        def attend(q, k, v, sinks, left=left):
+            found = shared_prefix_attention(q[0], k[0], v[0], sinks, tree=tree, window_size=(left, 0), return_lse=True)
+            return tuple(x[None] for x in found)
+
+        check(case, inputs, differentiated(case, inputs, attend), tiny=True, rounded_delta=True)
         ran.append(f"shared prefixes, window {left}, D {dims[0]}")
     return ran
 
@@ -157,9 +153,7 @@ def below(tool: str, sanitizer: str) -> dict:
         "errors": errors(text),
         "status": done.returncode,
         "calls": next((json.loads(line) for line in done.stdout.splitlines() if line.startswith("[")), []),
-        "kernels": dict(
-            Counter(re.findall(r"(?:^=+ +at|Race reported between \w+ access at) (\w+)\+", text, re.MULTILINE))
-        ),
+        "kernels": dict(Counter(REPORT.findall(text))),
         "said": said[:60],
     }
 
@@ -178,27 +172,27 @@ def main() -> int:
         "--sanitizer", default=shutil.which("compute-sanitizer") or "/usr/local/cuda/bin/compute-sanitizer"
     )
     parser.add_argument("--work", action="store_true", help="run the calls and print which")
-    arguments = parser.parse_args()
-    if arguments.work:
-        print(json.dumps(work(lambda *results, **how: None, arguments.tool)))
+    given = parser.parse_args()
+    if given.work:
+        print(json.dumps(work(lambda *results, **how: None, given.tool)))
         return 0
-    if arguments.tool and shutil.which(arguments.sanitizer) is None:
+    if given.tool and shutil.which(given.sanitizer) is None:
         print(
-            f"--sanitizer must be NVIDIA's compute-sanitizer, got {arguments.sanitizer}: no such program",
+            f"--sanitizer must be NVIDIA's compute-sanitizer, got {given.sanitizer}: no such program",
             file=sys.stderr,
         )
         return 2
     from triton_attention_sink_hf.bench.measure import environment
 
-    found = {"calls": work(), "tool": arguments.tool}
+    found = {"calls": work(), "tool": given.tool}
     found["environment"] = environment() if torch.cuda.is_available() else {}
-    if arguments.tool:
-        found |= below(arguments.tool, arguments.sanitizer)
-    if arguments.output:
-        arguments.output.mkdir(parents=True, exist_ok=True)
-        file = arguments.output / f"sanitizer-{arguments.tool or 'none'}.json"
+    if given.tool:
+        found |= below(given.tool, given.sanitizer)
+    if given.output:
+        given.output.mkdir(parents=True, exist_ok=True)
+        file = given.output / f"sanitizer-{given.tool or 'none'}.json"
         file.write_text(json.dumps(found, indent=1) + "\n")
-    bad = bool(arguments.tool) and (found["errors"] != 0 or found["status"] != 0)
+    bad = bool(given.tool) and (found["errors"] != 0 or found["status"] != 0)
     print("\n".join(found.get("said", [])[-20:]))
     print(f"{len(found['calls'])} calls, {found.get('errors', 'no tool')} errors")
     return 1 if bad else 0

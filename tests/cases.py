@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from itertools import accumulate
 
@@ -180,9 +181,14 @@ def run(
     case: Case, inputs: Inputs, implementation: str = "triton", deterministic: bool | None = None
 ) -> dict[str, Tensor]:
     """out, lse and the gradients dq, dk, dv, dsink, always with a batch axis."""
+    return differentiated(case, inputs, lambda *leaves: call(case, inputs, *leaves, implementation, deterministic))
+
+
+def differentiated(case: Case, inputs: Inputs, attend: Callable) -> dict[str, Tensor]:
+    """The same of ``attend(q, k, v, sinks)`` -> (out, lse), which takes and returns tensors with a batch axis."""
     q, k, v = (x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v))
     sinks = None if inputs.sinks is None else inputs.sinks.detach().requires_grad_(case.sinks == "learned")
-    out, lse = call(case, inputs, q, k, v, sinks, implementation, deterministic)
+    out, lse = attend(q, k, v, sinks)
     outputs, gradients = [out], [inputs.dout]
     if inputs.dlse is not None:
         outputs, gradients = [out, lse], [inputs.dout, inputs.dlse]

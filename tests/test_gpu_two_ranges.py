@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 import torch
 from budget import assert_within_budget
-from cases import Case, cu_seqlens, make_inputs, run
+from cases import Case, cu_seqlens, differentiated, make_inputs, run
 from visibility import Visible, first_and_window, first_and_window_of_segments, tree_visible
 
 from triton_attention_sink_hf import (
@@ -97,18 +97,9 @@ def check(case: Case, visible: torch.Tensor, attend) -> None:
     does not wait for the device.
     """
     inputs = replace(make_inputs(case, "cuda"), mask=Visible(visible))
-    leaves = [x.detach().requires_grad_() for x in (inputs.q, inputs.k, inputs.v, inputs.sinks)]
-
-    def results():
-        out, lse = attend(*leaves)
-        gradients = torch.autograd.grad((out, lse), leaves, (inputs.dout, inputs.dlse))
-        return dict(
-            zip(("out", "lse", "dq", "dk", "dv", "dsink"), (out.detach(), lse.detach(), *gradients), strict=True)
-        )
-
-    results()
+    differentiated(case, inputs, attend)
     with no_waits():
-        got = results()
+        got = differentiated(case, inputs, attend)
     assert_within_budget(case, inputs, got, rounded_delta=True)
 
 
